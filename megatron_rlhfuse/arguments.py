@@ -1,0 +1,365 @@
+"""The flags of an RLHF job: Megatron's own parser, plus the groups below.
+
+Sizes in Megatron's words: `--train-iters` PPO iterations, `--rollout-batch-size` samples of one
+iteration, `--global-batch-size` samples of one optimizer step (the PPO mini-batch),
+`--micro-batch-size` samples of one forward pass. Learning-rate flags count PPO iterations too.
+
+The architecture of every model comes from its Hugging Face folder, never from flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_rlhfuse import compat, platform, terminal
+from megatron_rlhfuse.validation import FlagError, check_flags, complete_flags
+
+PROGRAM = "pretrain_rlhf.py"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses `sys.argv`, refuses bad combinations, and sets Megatron's global arguments.
+
+    Exit status 2 and one line on standard error, from rank 0 only, where a flag is wrong.
+    Megatron's own listing of its 900 arguments goes to the run's log, not to the terminal.
+    """
+    terminal.hold_back()
+    platform.prepare()
+    compat.apply()
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    args = parse_args(extra_args_provider=add_rlhfuse_arguments)
+    try:
+        check_flags(args)
+        args = complete_flags(args)
+    except FlagError as fault:
+        refuse(str(fault))
+    terminal.log_to(Path(args.rlhfuse_run_dir) / "logs" / f"rank{args.rank}.log")
+    with terminal.printing_to_log():
+        try:
+            validate_args(args)
+        except (AssertionError, ValueError, RuntimeError) as fault:
+            refuse(f"refused by Megatron: {fault or _raised_at(fault)}")
+        # The run writes TensorBoard and W&B itself, with its own metrics; Megatron's writers,
+        # which would open second ones, see them unset.
+        writers = {name: getattr(args, name) for name in ("tensorboard_dir", "wandb_project")}
+        args.tensorboard_dir, args.wandb_project = None, ""
+        set_global_variables(args, build_tokenizer=False)
+        vars(args).update(writers)
+    return args
+
+
+def refuse(message: str) -> None:
+    """Ends the process with status 2; one line, from rank 0 only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _raised_at(fault: BaseException) -> str:
+    """The source line of a bare assertion: Megatron leaves many without a message."""
+    import traceback
+
+    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    return f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def add_rlhfuse_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds every group; Megatron's `extra_args_provider`."""
+    for add in (_add_run, _add_models, _add_rollout, _add_critic, _add_ppo):
+        add(parser)
+    forced = platform.default_flags()
+    parser.set_defaults(
+        # Megatron refuses to parse without them; the real values come from --actor-model.
+        tokenizer_type="NullTokenizer",
+        # RLHF trains a few iterations on data it makes itself: no Megatron dataset to build.
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        rerun_mode="disabled",
+        **forced,
+    )
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rlhfuse", "the run, fusion and inference")
+    add = group.add_argument
+    add(
+        "--rlhfuse-run-dir",
+        metavar="DIR",
+        default="runs/rlhf",
+        help="folder for metrics, trace, plots and logs of this run",
+    )
+    add(
+        "--rlhfuse-fusion",
+        choices=["none"],
+        default="none",
+        help="stage fusion; 'none' runs the three stages one after the other",
+    )
+    add(
+        "--rlhfuse-trace",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write trace.json (Chrome trace of every rank and engine)",
+    )
+    add(
+        "--rlhfuse-inference-tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="tensor parallelism of an inference instance (default: the actor's)",
+    )
+    add(
+        "--rlhfuse-inference-pipeline-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline parallelism of an inference instance",
+    )
+    add(
+        "--rlhfuse-inference-micro-batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="samples an inference instance takes from the queue at once; at 1 the scores of a "
+        "sample do not depend, in the last bit, on which samples were scored with it",
+    )
+    add(
+        "--rlhfuse-stage-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="longest wait for other ranks to finish generation or inference",
+    )
+    add(
+        "--save-hf",
+        metavar="DIR",
+        help="write the trained actor and critic as Hugging Face folders DIR/actor, DIR/critic "
+        "at the end of the run",
+    )
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "rlhfuse models", "Hugging Face folders (Llama, Qwen2, Qwen3 dense)"
+    )
+    add = group.add_argument
+    add("--actor-model", metavar="DIR", help="the policy to train; its tokenizer reads the prompts")
+    add(
+        "--critic-model",
+        metavar="DIR",
+        help="initial critic (default: --reward-model, else --actor-model with a new value head)",
+    )
+    add("--reward-model", metavar="DIR", help="sequence-classification model with one label")
+    add(
+        "--reference-model",
+        metavar="DIR",
+        help="frozen policy of the KL term (default: --actor-model)",
+    )
+    add(
+        "--reward-function",
+        metavar="PACKAGE.MODULE:NAME",
+        help="Python function scoring a response; added to the reward model's score if both are "
+        "given. Called as f(prompt=str, response=str, fields=dict) -> float",
+    )
+    add(
+        "--prompt-data",
+        nargs="+",
+        metavar="FILE",
+        help="JSON lines with `prompt`, or chat `messages` for the tokenizer's chat template",
+    )
+
+
+def _add_rollout(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rollout", "generation with vLLM")
+    add = group.add_argument
+    add("--rollout-batch-size", type=int, metavar="N", help="samples of one iteration")
+    add(
+        "--rollout-samples-per-prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="responses drawn for each prompt",
+    )
+    add(
+        "--rollout-instances",
+        type=int,
+        metavar="N",
+        help="vLLM engines (default: world size / --rollout-tensor-parallel-size)",
+    )
+    add(
+        "--rollout-tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor parallelism of one vLLM engine; must stay inside a node",
+    )
+    add(
+        "--rollout-max-prompt-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longest prompt accepted, in tokens",
+    )
+    add(
+        "--rollout-overlong-prompts",
+        choices=["drop", "refuse"],
+        default="drop",
+        help="what to do with longer prompts: drop and count them, or refuse to start",
+    )
+    add("--rollout-max-new-tokens", type=int, default=512, metavar="N", help="longest response")
+    add("--rollout-min-new-tokens", type=int, default=0, metavar="N", help="shortest response")
+    add("--rollout-temperature", type=float, default=1.0, help="sampling temperature")
+    add("--rollout-top-p", type=float, default=1.0, help="nucleus sampling; 1 is off")
+    add("--rollout-top-k", type=int, default=0, help="top-k sampling; 0 is off")
+    add("--rollout-repetition-penalty", type=float, default=1.0, help="1 is off")
+    add("--rollout-presence-penalty", type=float, default=0.0, help="0 is off")
+    add("--rollout-frequency-penalty", type=float, default=0.0, help="0 is off")
+    add(
+        "--rollout-stop-token-ids",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="ID",
+        help="tokens that end a response, besides the tokenizer's end of sequence",
+    )
+    add(
+        "--rollout-ignore-eos",
+        action="store_true",
+        help="go on to --rollout-max-new-tokens (for benchmarks)",
+    )
+    add(
+        "--rollout-max-num-seqs",
+        type=int,
+        default=256,
+        metavar="N",
+        help="largest decode batch of one engine",
+    )
+    add(
+        "--rollout-kv-cache-bytes",
+        type=int,
+        metavar="BYTES",
+        help="KV cache of one engine (default: 64 MiB on CPU; on GPUs what "
+        "--rollout-gpu-memory-utilization leaves)",
+    )
+    add(
+        "--rollout-gpu-memory-utilization",
+        type=float,
+        default=0.6,
+        metavar="FRACTION",
+        help="share of GPU memory that an engine takes while it generates",
+    )
+    add(
+        "--rollout-dtype",
+        metavar="DTYPE",
+        help="engine weights and activations (default: bfloat16 on GPUs, float32 on CPU)",
+    )
+    add(
+        "--rollout-start-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="longest wait for an engine to start",
+    )
+    add(
+        "--rollout-step-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="an engine that has work and says nothing for so long is taken for hung",
+    )
+
+
+def _add_critic(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("critic", "what differs from the actor; default: the same")
+    add = group.add_argument
+    add("--critic-tensor-model-parallel-size", type=int, metavar="N", help="tensor parallelism")
+    add("--critic-pipeline-model-parallel-size", type=int, metavar="N", help="pipeline stages")
+    add("--critic-micro-batch-size", type=int, metavar="N", help="samples of one forward pass")
+    add("--critic-lr", type=float, help="peak learning rate")
+    add("--critic-min-lr", type=float, help="final learning rate")
+    add("--critic-lr-warmup-iters", type=int, metavar="N", help="linear warm-up, in PPO iterations")
+    add("--critic-clip-grad", type=float, help="gradient norm clipping")
+    add("--critic-weight-decay", type=float, help="weight decay")
+    add(
+        "--critic-warmup-iters",
+        type=int,
+        default=0,
+        metavar="N",
+        help="iterations at the start in which only the critic is trained",
+    )
+
+
+def _add_ppo(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ppo", "the algorithm")
+    add = group.add_argument
+    add(
+        "--advantage-estimator",
+        choices=["gae", "grpo", "rloo", "reinforce++"],
+        default="gae",
+        help="the last three train without a critic",
+    )
+    add("--ppo-epochs", type=int, default=1, metavar="N", help="passes over the rollout batch")
+    add("--ppo-clip", type=float, default=0.2, help="clip range of the probability ratio")
+    add("--ppo-clip-high", type=float, help="upper clip range (default: --ppo-clip)")
+    add("--ppo-dual-clip", type=float, help="bound on the loss where the advantage is negative")
+    add("--ppo-value-clip", type=float, default=0.2, help="clip range of the value; 0 is off")
+    add("--ppo-entropy-coef", type=float, default=0.0, help="weight of the entropy bonus")
+    add("--ppo-kl-coef", type=float, default=0.05, help="weight of the KL term; 0 is off")
+    add(
+        "--ppo-kl-placement",
+        choices=["reward", "loss"],
+        default="reward",
+        help="KL as a per-token penalty in the reward, or as a term of the loss",
+    )
+    add("--ppo-kl-estimator", choices=["k1", "k2", "k3"], default="k1", help="estimator of the KL")
+    add("--ppo-kl-target", type=float, help="adapt --ppo-kl-coef to hold this KL per sequence")
+    add(
+        "--ppo-kl-horizon",
+        type=int,
+        default=10000,
+        metavar="SAMPLES",
+        help="time constant of that adaptation",
+    )
+    add("--ppo-gamma", type=float, default=1.0, help="discount")
+    add("--ppo-lambda", type=float, default=0.95, help="GAE's lambda")
+    add(
+        "--ppo-whiten-advantages",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="advantages to mean 0 and variance 1 over the rollout batch (gae only)",
+    )
+    add(
+        "--ppo-grpo-normalize-std",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="divide GRPO's advantages by the group's standard deviation",
+    )
+    add(
+        "--ppo-loss-aggregation",
+        choices=["token-mean", "sequence-mean"],
+        default="token-mean",
+        help="weight of a token: equal over the mini-batch, or equal per sequence",
+    )
+    add(
+        "--ppo-early-stop-kl",
+        type=float,
+        help="skip the remaining updates of an iteration once the KL to the policy that made "
+        "the samples exceeds this",
+    )
+    add(
+        "--ppo-tis-cap",
+        type=float,
+        help="correct the difference between rollout and training log-probabilities by "
+        "importance weights truncated here",
+    )
+    add("--ppo-reward-clip", type=float, help="clip the score of a sample to +- this")
+    add(
+        "--ppo-missing-eos-penalty",
+        type=float,
+        default=0.0,
+        help="subtracted from the score of a response cut at --rollout-max-new-tokens",
+    )

@@ -1,0 +1,166 @@
+"""Builds the parts of a job on this rank: process groups, models, inference instance.
+
+Every rank calls these in the same order; most of it is collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+
+from megatron_rlhfuse import terminal
+from megatron_rlhfuse.data import Prompt
+from megatron_rlhfuse.inference.instance import InferenceInstance, InferenceModels
+from megatron_rlhfuse.inference.reward_function import call_reward_function, load_reward_function
+from megatron_rlhfuse.models.build import build_model
+from megatron_rlhfuse.models.hf_config import Head, ModelShape, apply_shape
+from megatron_rlhfuse.models.load import load_hf_weights, load_stream
+from megatron_rlhfuse.observe.trace import Tracer
+from megatron_rlhfuse.pipeline.groups import Layout, ModelGroups, build_process_groups
+from megatron_rlhfuse.pipeline.model import PipelinedModel
+from megatron_rlhfuse.rollout.samples import Sample
+from megatron_rlhfuse.training.heads import PolicyHead
+from megatron_rlhfuse.training.trained_model import (
+    TrainedModel,
+    TrainedModels,
+    critic_arguments,
+)
+
+
+def start_megatron() -> None:
+    """Starts torch.distributed and Megatron's own state, in the actor's layout."""
+    from megatron.training.initialize import initialize_megatron
+
+    with terminal.printing_to_log():
+        initialize_megatron(allow_no_cuda=True)
+
+
+def updates_per_iteration(args: argparse.Namespace) -> int:
+    """Optimizer steps of one iteration that is not stopped early."""
+    return args.ppo_epochs * (args.rollout_batch_size // args.global_batch_size)
+
+
+def build_trained_models(args: argparse.Namespace) -> TrainedModels:
+    """Actor and critic, loaded from their folders. COLLECTIVE."""
+    steps = updates_per_iteration(args)
+    actor = TrainedModel(
+        "actor",
+        args,
+        args.actor_shape,
+        args.actor_model,
+        "language",
+        _groups(
+            Layout.contiguous(
+                args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+            ),
+            "actor",
+        ),
+        steps,
+    )
+    if not args.uses_critic:
+        return TrainedModels(actor, None)
+    tensor, pipeline = (
+        args.critic_tensor_model_parallel_size,
+        args.critic_pipeline_model_parallel_size,
+    )
+    critic = TrainedModel(
+        "critic",
+        apply_shape(critic_arguments(args), args.critic_shape, tensor, pipeline, "critic-"),
+        args.critic_shape,
+        args.critic_model,
+        "scalar",
+        _groups(Layout.contiguous(args.world_size, tensor, pipeline), "critic"),
+        steps,
+    )
+    return TrainedModels(actor, critic)
+
+
+class Inference:
+    """This rank's inference instance, and the copies of trained weights that it scores with."""
+
+    def __init__(
+        self, args: argparse.Namespace, trained: TrainedModels, tokenizer: object, tracer: Tracer
+    ) -> None:
+        self._args = args
+        layout = Layout.blocks(
+            args.world_size,
+            args.rlhfuse_inference_tensor_parallel_size,
+            args.rlhfuse_inference_pipeline_parallel_size,
+        )
+        self._groups = _groups(layout, "inference")
+        self._copies: list[tuple[TrainedModel, PipelinedModel]] = []
+        models = InferenceModels(
+            actor=self._shared(trained.actor, "language"),
+            reference=self._frozen(args.reference_shape, args.reference_model, "language"),
+            critic=self._shared(trained.critic, "scalar") if trained.critic else None,
+            reward=self._frozen(args.reward_shape, args.reward_model, "scalar"),
+        )
+        head = PolicyHead(
+            args.actor_shape.vocab_size, args.rollout_temperature, self._groups.pgc.tp
+        )
+        self.instance = InferenceInstance(
+            models,
+            self._groups,
+            head,
+            _text_score(args, tokenizer),
+            pad_token=pad_token(tokenizer),
+            micro_batch_size=args.rlhfuse_inference_micro_batch_size,
+            tracer=tracer,
+        )
+
+    def refresh(self) -> None:
+        """Brings the copies up to the trained weights. COLLECTIVE over all ranks."""
+        for source, copy_ in self._copies:
+            load_stream(copy_.module, source.hf_weights(), source.shape, self._groups)
+
+    def _shared(self, model: TrainedModel, head: Head) -> PipelinedModel:
+        """The model in training itself where the layouts agree, else a copy."""
+        if model.groups.layout == self._groups.layout:
+            return model
+        built = self._build(model.shape, head)
+        self._copies.append((model, built))
+        return built
+
+    def _frozen(self, shape: ModelShape | None, folder: str, head: Head) -> PipelinedModel | None:
+        if shape is None:
+            return None
+        model = self._build(shape, head)
+        load_hf_weights(model.module, folder, shape, self._groups)
+        return model
+
+    def _build(self, shape: ModelShape, head: Head) -> PipelinedModel:
+        layout = self._groups.layout
+        args = apply_shape(copy.copy(self._args), shape, layout.tp, layout.pp, "rlhfuse-inference-")
+        model = build_model(args, self._groups, head)
+        model.requires_grad_(False)
+        return PipelinedModel(model, self._groups)
+
+
+def pad_token(tokenizer: object) -> int:
+    """A token to fill rows with; causal attention keeps it from having any effect."""
+    token = getattr(tokenizer, "pad_token_id", None)
+    return 0 if token is None else int(token)
+
+
+def _groups(layout: Layout, name: str) -> ModelGroups:
+    groups = build_process_groups(layout, name)
+    assert groups is not None, "every rank holds a part of every model"
+    return groups
+
+
+def _text_score(
+    args: argparse.Namespace, tokenizer: object
+) -> Callable[[Sample, Prompt], float] | None:
+    if not args.reward_function:
+        return None
+    function = load_reward_function(args.reward_function)
+
+    def score(sample: Sample, prompt: Prompt) -> float:
+        response = tokenizer.decode(sample.response, skip_special_tokens=True)  # type: ignore[attr-defined]
+        value = call_reward_function(function, prompt.text, response, prompt.fields)
+        assert math.isfinite(value)
+        return value
+
+    return score

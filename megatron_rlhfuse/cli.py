@@ -1,0 +1,63 @@
+"""The `rlhfuse` command.
+
+A subcommand is a line in COMMANDS and a module with `add_arguments(parser)` and
+`run(args, refuse) -> exit status`; the first line of the module's docstring describes it. Only
+the module of the subcommand asked for gets imported, so `rlhfuse --help` is instant. Bad input
+goes to `refuse(message)`: one line on stderr, exit status 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+Refuse = Callable[[str], NoReturn]
+
+
+class Command(NamedTuple):
+    """A subcommand: the module that holds it, and what it does."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "report": Command("megatron_rlhfuse.observe.report", "draw a run into one HTML page and PNGs"),
+    "doctor": Command(
+        "megatron_rlhfuse.doctor", "check the versions and the machine of this installation"
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse prints the usage first."""
+        self.refuse(f"{message} (see {self.prog} --help)")
+
+    def refuse(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status; `argv` is sys.argv[1:] by default."""
+    width = max(map(len, COMMANDS))
+    parser = _Parser(
+        prog="rlhfuse",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="rlhfuse COMMAND ...",
+        description="commands:\n"
+        + "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
+        epilog="rlhfuse COMMAND --help tells more about one of them.",
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    rest = parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False  # else argparse names it in its message where COMMAND is missing
+    chosen = parser.parse_args(argv)
+
+    module = importlib.import_module(COMMANDS[chosen.command].module)
+    description = (module.__doc__ or "").partition("\n")[0]
+    command_parser = _Parser(prog=f"rlhfuse {chosen.command}", description=description)
+    module.add_arguments(command_parser)
+    return module.run(command_parser.parse_args(chosen.rest), command_parser.refuse)

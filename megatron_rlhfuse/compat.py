@@ -1,0 +1,34 @@
+"""Every difference between supported Megatron and vLLM versions, and repairs of their wheels.
+
+The only file that may look at a version or at a private name of another package. `apply()` is
+idempotent and is called once per process, after `platform.prepare()`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def apply() -> None:
+    """Applies every repair that the installed versions need."""
+    _skip_missing_dataset_makefile()
+
+
+def _skip_missing_dataset_makefile() -> None:
+    # megatron-core's wheel ships the compiled dataset helpers but not the Makefile that
+    # `compile_helpers` runs, so rank 0 would exit with status 1 while initialising.
+    import megatron.core.datasets.utils as dataset_utils
+
+    if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
+        dataset_utils.compile_helpers = lambda: None
+
+
+def has_fused_optimizer() -> bool:
+    """Whether apex or Transformer Engine provides Adam.
+
+    Megatron's distributed optimizer on torch's own Adam trains, but cannot resume exactly: its
+    state is empty before the first step, and all parameters share one `step` tensor.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    return bool(distrib_optimizer.HAVE_APEX_OR_TE)

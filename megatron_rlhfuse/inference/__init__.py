@@ -1,0 +1,1 @@
+"""Scoring finished samples: reference and actor log-probabilities, values, rewards."""

@@ -1,0 +1,229 @@
+"""The machine under the job: GPUs with NCCL, or CPU cores with Gloo.
+
+This is the only file that asks whether there is a GPU. Megatron-Core names `torch.cuda`
+everywhere; on a machine without GPUs `prepare()` puts stand-ins under those names, so that the
+stock schedules, optimizers and checkpoints run unmodified on CPU tensors.
+
+Invariants
+- With CUDA present `prepare()` changes nothing at all.
+- Without CUDA, `torch.cuda.is_available()` keeps answering False; nothing claims a GPU.
+- `prepare()` is idempotent, and edits no file of another package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import types
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_redirect: TorchFunctionMode | None = None
+
+
+def has_cuda() -> bool:
+    """Whether this process drives GPUs."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device this rank's tensors live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend of this machine."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def default_flags() -> dict[str, Any]:
+    """Megatron flags (by attribute name) that this machine needs; a user's own value wins."""
+    if has_cuda():
+        return {}
+    return {
+        "distributed_backend": "gloo",
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,  # local spec: no fused norm kernel without apex
+        "masked_softmax_fusion": False,
+        "bias_swiglu_fusion": False,
+        "bias_gelu_fusion": False,
+        "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "attention_softmax_in_fp32": True,
+        "async_tensor_model_parallel_allreduce": False,
+    }
+
+
+def engine_defaults() -> dict[str, Any]:
+    """How a vLLM engine runs here: device, dtype, and whether it can give memory back."""
+    if has_cuda():
+        return {"device": "cuda", "dtype": "bfloat16", "enforce_eager": False, "can_sleep": True}
+    return {"device": "cpu", "dtype": "float32", "enforce_eager": True, "can_sleep": False}
+
+
+def visible_devices(local_rank: int, count: int) -> tuple[int, ...] | None:
+    """The GPUs of an engine of `count` workers led by `local_rank`; None where there are none."""
+    return tuple(range(local_rank, local_rank + count)) if has_cuda() else None
+
+
+def peak_resident_bytes(pid: int | None = None) -> int:
+    """Peak resident memory of a process of this machine; 0 once it is gone. None: this one."""
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
+    except FileNotFoundError:
+        return 0
+    kib = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(kib.group(1)) * 1024 if kib else 0
+
+
+def synchronize() -> None:
+    """Waits for this rank's GPU; on CPU everything is done already."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def set_up_rank(local_rank: int) -> None:
+    """Binds this process to its GPU; on CPU keeps one thread per rank (cores are shared)."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def prepare() -> None:
+    """Makes stock Megatron run on this machine. Call once, before any model is built."""
+    global _redirect
+    if has_cuda() or _redirect is not None:
+        return
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's own precondition
+    # No compiler is promised on a CPU machine; the fallback eager code is the same arithmetic.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # dynamo keeps a table of torch.cuda's functions: build it before they are replaced, or it
+    # meets one stand-in under several names and raises "Duplicate torch object".
+    import megatron.training  # noqa: F401
+    import torch._dynamo.trace_rules as trace_rules
+
+    trace_rules.get_torch_obj_rule_map()
+    _stand_in_for_cuda()
+    _stand_in_for_rng()
+    _redirect = _RedirectToCpu()
+    _redirect.__enter__()
+
+
+class _RedirectToCpu(TorchFunctionMode):
+    """Turns `device="cuda"` into the CPU, and lets optimizers recognise CPU parameters."""
+
+    def __torch_function__(self, func, types_, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if kwargs:
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            wanted = kwargs.get("device")
+            if wanted is not None and str(wanted).startswith("cuda"):
+                kwargs["device"] = _CPU
+        result = func(*args, **(kwargs or {}))
+        # Megatron's optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"`.
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _Stream:
+    """Stands for torch.cuda.Stream: everything on a CPU is already in order."""
+
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+
+class _Event:
+    """Stands for torch.cuda.Event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _stand_in_for_cuda() -> None:
+    cuda = torch.cuda
+    stream = _Stream()
+    replaced: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        # One device per process: stock initialisation then takes its usual path, on Gloo.
+        "device_count": lambda: 1,
+        "current_stream": lambda *a, **k: stream,
+        "default_stream": lambda *a, **k: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "memory_stats": lambda *a, **k: defaultdict(int),
+        "get_device_name": lambda *a, **k: "cpu",
+        "get_device_capability": lambda *a, **k: (10, 0),
+        "get_device_properties": lambda *a, **k: types.SimpleNamespace(
+            name="cpu", major=10, minor=0, total_memory=1 << 34, multi_processor_count=1
+        ),
+    }
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache"):
+        replaced[name] = _nothing
+    replaced["reset_peak_memory_stats"] = _nothing
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        replaced[name] = lambda *a, **k: 0
+    replaced["max_memory_reserved"] = lambda *a, **k: 0
+    for name, stand_in in replaced.items():
+        setattr(cuda, name, stand_in)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _nothing)
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+
+
+def _stand_in_for_rng() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    cuda = torch.cuda
+    cuda.get_rng_state = get_state
+    cuda.set_rng_state = set_state
+    # torch.manual_seed itself calls manual_seed_all: the CPU generator is seeded already.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None  # type: ignore[func-returns-value]
+    cuda.manual_seed_all = _nothing
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state

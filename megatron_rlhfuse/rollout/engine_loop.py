@@ -1,0 +1,252 @@
+"""The engine process's main loop: the parent's commands between the engine's steps.
+
+Invariants:
+- weights come from the trainer only; no request is taken before the first update;
+- weights change, and the engine sleeps, only while no sample is unfinished: a sample is made by
+  one version of the weights;
+- finished samples go out as soon as the step that finished them ends.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_rlhfuse.rollout.messages import (
+    Abort,
+    Asleep,
+    BucketLoaded,
+    Configure,
+    Finished,
+    Progress,
+    Ready,
+    Sleep,
+    Stop,
+    Submit,
+    UpdateWeights,
+    WeightsLoaded,
+)
+from megatron_rlhfuse.rollout.samples import GenerationRequest, Sample
+from megatron_rlhfuse.rollout.vllm_engine import build_engine, sampling_params
+
+PROGRESS_INTERVAL_S = 0.25
+"""Four observations a second: a migration decision needs no more, and they cost nothing."""
+
+
+class Outbox(Protocol):
+    """Where messages to the parent go; putting one never blocks."""
+
+    @property
+    def empty(self) -> bool: ...
+
+    def put(self, message: object) -> None: ...
+
+
+class EngineLoop:
+    """One vLLM engine and the requests it holds."""
+
+    def __init__(self, configure: Configure, inbox: queue.SimpleQueue[Any], outbox: Outbox) -> None:
+        self._instance = configure.instance
+        self._sampling = configure.sampling
+        self._inbox = inbox
+        self._outbox = outbox
+        self._weight_version: int | None = None
+        self._asleep = False
+        self._requests: dict[int, _Held] = {}  # by ticket
+        self._tickets: dict[str, int] = {}  # by the request id that the scheduler uses
+        self._finished_tokens = 0
+        self._steps = 0
+        self._window = _Window()
+        self._engine = build_engine(configure.options)
+
+    def run(self) -> None:
+        """Serves until told to stop."""
+        from megatron_rlhfuse.rollout.weight_transfer import weight_names
+
+        self._outbox.put(Ready(tuple(self._engine.apply_model(weight_names)[0])))
+        while self._obey():
+            self._step()
+
+    def close(self) -> None:
+        """Ends the workers and frees what they share."""
+        self._engine.engine_core.shutdown()
+
+    @property
+    def lost_a_worker(self) -> bool:
+        """Whether a worker process of a tensor-parallel engine has died."""
+        workers = getattr(self._engine.model_executor, "workers", ())
+        return any(not worker.proc.is_alive() for worker in workers)
+
+    def _obey(self) -> bool:
+        """Carries out the commands that are there, waiting for one where nothing else is to do.
+
+        Returns:
+            False once told to stop.
+        """
+        while True:
+            try:
+                command = self._inbox.get(block=not self._requests)
+            except queue.Empty:
+                return True
+            match command:
+                case Submit():
+                    self._submit(command)
+                case Abort():
+                    self._abort(command)
+                case UpdateWeights():
+                    self._update_weights(command)
+                case Sleep():
+                    self._sleep()
+                case Stop():
+                    return False
+                case _:
+                    raise TypeError(f"unknown command {command!r}")
+
+    def _submit(self, command: Submit) -> None:
+        if self._weight_version is None or self._asleep:
+            raise RuntimeError("requests came before weights")
+        for ticket, request in command.requests:
+            request_id = self._engine.add_request(
+                str(ticket),
+                {"prompt_token_ids": list(request.prompt)},
+                sampling_params(self._sampling, request.seed),
+            )
+            self._tickets[request_id] = ticket
+            self._requests[ticket] = _Held(request, self._weight_version, time.time())
+
+    def _abort(self, command: Abort) -> None:
+        # A sample may have finished while the command was under way.
+        tickets = [ticket for ticket in command.tickets if ticket in self._requests]
+        self._engine.abort_request([str(ticket) for ticket in tickets])
+        self._forget(tickets)
+
+    def _step(self) -> None:
+        before = time.perf_counter()
+        outputs = self._engine.step()
+        self._window.add(time.perf_counter() - before, len(self._core.scheduler.running))
+        self._steps += 1
+        samples = tuple((int(output.request_id), self._sample(output)) for output in outputs)
+        if samples:
+            self._forget([ticket for ticket, _ in samples])
+            self._outbox.put(Finished(samples))
+        # A parent that does not read gets no backlog of outdated observations.
+        if self._window.age() >= PROGRESS_INTERVAL_S and self._outbox.empty:
+            self._outbox.put(self._progress())
+            self._window = _Window()
+
+    def _sample(self, output: Any) -> Sample:
+        held = self._requests[int(output.request_id)]
+        (completion,) = output.outputs  # of vLLM's RequestOutput
+        tokens = tuple(completion.token_ids)
+        self._finished_tokens += len(tokens)
+        return Sample(
+            sample_id=held.request.sample_id,
+            prompt=held.request.prompt,
+            response=tokens,
+            log_probs=tuple(completion.logprobs.logprobs),  # flat: one number per token
+            stop_reason=str(completion.finish_reason),
+            weight_version=held.weight_version,
+            instance=self._instance,
+            started=held.started,
+            finished=time.time(),
+        )
+
+    def _forget(self, tickets: list[int]) -> None:
+        for ticket in tickets:
+            del self._requests[ticket]
+        self._tickets = {key: t for key, t in self._tickets.items() if t in self._requests}
+
+    def _progress(self) -> Progress:
+        scheduler = self._core.scheduler
+        lengths = {
+            self._tickets[key]: request.num_output_tokens
+            for key, request in scheduler.requests.items()
+            if key in self._tickets
+        }
+        return Progress(
+            time=time.time(),
+            unfinished=tuple(
+                (held.request.sample_id, lengths.get(ticket, 0))
+                for ticket, held in self._requests.items()
+            ),
+            running=len(scheduler.running),
+            waiting=len(self._requests) - len(scheduler.running),
+            kv_usage=scheduler.kv_cache_manager.usage,
+            steps=self._steps,
+            output_tokens=self._finished_tokens + sum(lengths.values()),
+            step_seconds=self._window.mean_seconds,
+            step_sequences=self._window.mean_sequences,
+        )
+
+    def _update_weights(self, command: UpdateWeights) -> None:
+        self._settle()
+        if self._asleep:
+            self._engine.wake_up(tags=["weights"])
+        self._engine.collective_rpc("start_weight_update")
+        for path in command.paths:
+            self._engine.collective_rpc("update_weights", args=({"path": path},))
+            self._outbox.put(BucketLoaded())
+        self._engine.collective_rpc("finish_weight_update")
+        if self._asleep:
+            # Last, so that weights in transit and the KV cache are not in memory together.
+            self._engine.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        # Cached keys and values come from the old weights; used with new ones they give text that
+        # neither would.
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache after a weight update")
+        self._weight_version = command.version
+        self._outbox.put(WeightsLoaded(command.version))
+
+    def _sleep(self) -> None:
+        self._settle()
+        # Level 2 keeps no copy of the weights: the trainer brings newer ones.
+        self._engine.sleep(level=2)
+        self._asleep = True
+        self._outbox.put(Asleep())
+
+    def _settle(self) -> None:
+        """Lets the scheduler give back the blocks of requests that ended in the last step."""
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} samples are unfinished")
+        while self._core.scheduler.has_requests() or self._core.batch_queue:
+            self._engine.step()
+
+    @property
+    def _core(self) -> Any:
+        in_process: Any = self._engine.engine_core
+        return in_process.engine_core
+
+
+@dataclass(frozen=True)
+class _Held:
+    request: GenerationRequest
+    weight_version: int
+    started: float
+
+
+class _Window:
+    """Means over the steps since the last observation."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._steps = self._sequences = 0
+        self._seconds = 0.0
+
+    def add(self, seconds: float, sequences: int) -> None:
+        self._steps += 1
+        self._seconds += seconds
+        self._sequences += sequences
+
+    def age(self) -> float:
+        return time.monotonic() - self._since
+
+    @property
+    def mean_seconds(self) -> float:
+        return self._seconds / self._steps
+
+    @property
+    def mean_sequences(self) -> float:
+        return self._sequences / self._steps

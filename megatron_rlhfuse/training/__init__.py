@@ -1,0 +1,1 @@
+"""Actor and critic in training: batches, losses on Megatron schedules, checkpoints."""

@@ -1,0 +1,163 @@
+"""Checkpoints of a whole job through Megatron's distributed checkpointing.
+
+One folder per iteration holds actor, critic, both optimizers and schedulers, random state, the
+position in the data and the KL controller.
+
+Invariants
+- `latest_checkpointed_iteration.txt` is written last, by rename: a kill at any moment leaves the
+  previous checkpoint, or the new one, and never half of one, as the latest.
+- Saving, then going on, equals loading and going on, bit for bit.
+- `--load` of a folder without a checkpoint is an error, never a silent start from iteration 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rlhfuse.training.trained_model import TrainedModel
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, or is of another job; the message names the folder."""
+
+
+def save_checkpoint(
+    args: argparse.Namespace,
+    iteration: int,
+    models: Mapping[str, TrainedModel],
+    progress: Mapping[str, Any],
+) -> Path:
+    """Writes `--save`/iter_<iteration> and makes it the latest. COLLECTIVE over all ranks.
+
+    models: by the prefix of their tensors ("actor", "critic"). progress: plain values, the same
+    on every rank.
+    """
+    from megatron.core import dist_checkpointing
+
+    root = Path(args.save)
+    folder = root / f"iter_{iteration:07d}"
+    if dist.get_rank() == 0:
+        # What a killed save left behind is not the latest checkpoint, so nobody needs it.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(args, models, is_loading=False)
+    state["progress"] = dict(progress)
+    dist_checkpointing.save(state, str(folder), content_metadata=_metadata(args, models))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        temporary = root / f".{TRACKER}.tmp"
+        temporary.write_text(f"{iteration}\n")
+        os.replace(temporary, root / TRACKER)
+    dist.barrier()
+    return folder
+
+
+def latest_checkpoint(folder: str) -> Path:
+    """The newest complete checkpoint under `--load`. Raises CheckpointError without one."""
+    root = Path(folder)
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError(
+            f"--load {folder} holds no checkpoint ({TRACKER} is missing): leave the flag out to "
+            "start from --actor-model"
+        )
+    text = tracker.read_text().strip()
+    path = root / f"iter_{int(text):07d}" if text.isdigit() else None
+    if path is None or not path.is_dir():
+        raise CheckpointError(f"{tracker} says {text!r}, which names no checkpoint in {folder}")
+    return path
+
+
+def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]) -> dict[str, Any]:
+    """Restores everything from the latest checkpoint under `--load`; returns its progress.
+
+    COLLECTIVE over all ranks. Raises CheckpointError.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    folder = latest_checkpoint(args.load)
+    state = _sharded_state(args, models, is_loading=True)
+    try:
+        state = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, KeyError, ValueError) as fault:
+        raise CheckpointError(
+            f"{folder} does not fit this job's models and flags: {fault}"
+        ) from fault
+    for name, model in models.items():
+        part = state[name]
+        model.module.load_state_dict(part["model"])
+        if not args.no_load_optim:
+            model.optimizer.load_state_dict(part["optimizer"])
+            # load_state_dict adds the stored steps to those of a live scheduler.
+            model.scheduler.num_steps = 0
+            model.scheduler.load_state_dict(part["scheduler"])
+        else:
+            model.optimizer.reload_model_params()
+    if not args.no_load_rng:
+        _restore_random_state(state["actor"]["random"][0])
+    return dict(state["progress"])
+
+
+def _sharded_state(
+    args: argparse.Namespace, models: Mapping[str, TrainedModel], is_loading: bool
+) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    state: dict[str, Any] = {}
+    for name, model in models.items():
+        metadata = _metadata(args, {name: model})
+        groups = model.groups.pgc
+        part: dict[str, Any] = {"model": model.module.sharded_state_dict(metadata=metadata)}
+        if not (is_loading and args.no_load_optim):
+            part["optimizer"] = model.optimizer.sharded_state_dict(
+                part, is_loading=is_loading, metadata=metadata
+            )
+            part["scheduler"] = model.scheduler.state_dict()
+        if name == "actor" and not (is_loading and args.no_load_rng):
+            part["random"] = _random_state(groups)
+        add_prefix_for_sharding(part, f"{name}.")
+        state[name] = part
+    return state
+
+
+def _metadata(args: argparse.Namespace, models: Mapping[str, TrainedModel]) -> dict[str, Any]:
+    from megatron.training.checkpointing import _build_sharded_state_dict_metadata
+
+    group = next(iter(models.values())).groups.pgc.dp_cp
+    return _build_sharded_state_dict_metadata(args, dp_cp_group=group)
+
+
+def _random_state(groups: Any) -> Any:
+    from megatron.training.checkpointing import get_rng_state
+
+    return get_rng_state(
+        "torch_dist",
+        tp_group=groups.tp,
+        pp_group=groups.pp,
+        dp_cp_group=groups.dp_cp,
+        dp_group=groups.dp,
+    )
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    from megatron.core import tensor_parallel
+
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

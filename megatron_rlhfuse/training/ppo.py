@@ -1,0 +1,129 @@
+"""PPO's updates: epochs of mini-batches, the actor's step and the critic's on each.
+
+The two steps are independent; the critic goes on where the actor stops early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_rlhfuse.observe.trace import Tracer
+from megatron_rlhfuse.rlhf.losses import PolicyLossOptions, aggregation_weights
+from megatron_rlhfuse.training.experience import AdvantageOptions, Experience, mini_batches
+from megatron_rlhfuse.training.heads import PolicyHead
+from megatron_rlhfuse.training.steps import (
+    LossScale,
+    policy_metrics,
+    policy_step,
+    value_metrics,
+    value_step,
+)
+from megatron_rlhfuse.training.trained_model import StepResult, TrainedModel, TrainedModels
+
+
+@dataclass
+class Updates:
+    """The optimizer steps of one iteration."""
+
+    actor: list[StepResult] = field(default_factory=list)
+    critic: list[StepResult] = field(default_factory=list)
+    stopped_early: bool = False
+
+
+class PPO:
+    """Trains actor and critic on a rollout batch."""
+
+    def __init__(self, args: argparse.Namespace, models: TrainedModels, tracer: Tracer) -> None:
+        self._args = args
+        self._models = models
+        self._tracer = tracer
+        self._options = policy_loss_options(args)
+        self._value_clip = args.ppo_value_clip or None
+        self._head = PolicyHead(
+            args.actor_shape.vocab_size, args.rollout_temperature, models.actor.groups.pgc.tp
+        )
+        self.optimizer_steps = 0
+
+    def update(self, iteration: int, experience: Experience, kl_coefficient: float) -> Updates:
+        """All epochs and mini-batches of an iteration. COLLECTIVE over all ranks.
+
+        kl_coefficient: the controller's value, used where the KL is a term of the loss.
+        """
+        args = self._args
+        in_loss = args.ppo_kl_placement == "loss"
+        options = replace(self._options, kl_coefficient=kl_coefficient if in_loss else 0.0)
+        updates = Updates()
+        order = mini_batches(
+            len(experience.scores), args.global_batch_size, args.ppo_epochs,
+            seed=zlib.crc32(f"{args.seed} {iteration}".encode()),
+        )  # fmt: skip
+        train_actor = iteration > args.critic_warmup_iters
+        for rows in (rows for epoch in order for rows in epoch):
+            mini_batch = experience.select(rows)
+            weights = aggregation_weights(mini_batch.mask, args.ppo_loss_aggregation)
+            mini_batch = replace(mini_batch, weights=weights)
+            if train_actor and not updates.stopped_early:
+                result = self._step_actor(mini_batch, options)
+                updates.actor.append(result)
+                limit = args.ppo_early_stop_kl
+                updates.stopped_early = limit is not None and result.metrics["approx_kl"] > limit
+            if self._models.critic is not None:
+                updates.critic.append(self._step_critic(self._models.critic, mini_batch))
+        self.optimizer_steps += len(updates.actor)
+        return updates
+
+    def _step_actor(self, mini_batch: Experience, options: PolicyLossOptions) -> StepResult:
+        actor = self._models.actor
+        micro_batches = _micro_batches(actor, mini_batch)
+        scale = LossScale(len(micro_batches), actor.replicas)
+        with self._tracer.span("actor step", "actor_training"):
+            return actor.step(
+                policy_step(self._head, options, scale), micro_batches, policy_metrics(options)
+            )
+
+    def _step_critic(self, critic: TrainedModel, mini_batch: Experience) -> StepResult:
+        micro_batches = _micro_batches(critic, mini_batch)
+        scale = LossScale(len(micro_batches), critic.replicas)
+        with self._tracer.span("critic step", "critic_training"):
+            return critic.step(
+                value_step(self._value_clip, scale), micro_batches, value_metrics(self._value_clip)
+            )
+
+
+def policy_loss_options(args: argparse.Namespace) -> PolicyLossOptions:
+    """The `--ppo-*` flags of the policy loss; the KL coefficient comes with each update."""
+    return PolicyLossOptions(
+        clip_low=args.ppo_clip,
+        clip_high=args.ppo_clip_high,
+        dual_clip=args.ppo_dual_clip,
+        tis_cap=args.ppo_tis_cap,
+        entropy_coefficient=args.ppo_entropy_coef,
+        kl_coefficient=0.0,
+        kl_estimator=args.ppo_kl_estimator,
+    )
+
+
+def advantage_options(args: argparse.Namespace) -> AdvantageOptions:
+    """The flags that turn scores into advantages."""
+    return AdvantageOptions(
+        estimator=args.advantage_estimator,
+        gamma=args.ppo_gamma,
+        lam=args.ppo_lambda,
+        whiten=args.ppo_whiten_advantages,
+        normalize_std=args.ppo_grpo_normalize_std,
+        kl_estimator=args.ppo_kl_estimator,
+        kl_in_reward=args.ppo_kl_placement == "reward",
+        reward_clip=args.ppo_reward_clip,
+        missing_eos_penalty=args.ppo_missing_eos_penalty,
+        samples_per_prompt=args.rollout_samples_per_prompt,
+    )
+
+
+def _micro_batches(model: TrainedModel, mini_batch: Experience) -> list[Experience]:
+    """This replica's part of a mini-batch, in pieces of the model's micro-batch size."""
+    rows = model.share(torch.arange(len(mini_batch.scores)))
+    return [mini_batch.select(part) for part in rows.split(model.args.micro_batch_size)]

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# PPO on the toy models, on two CPU cores: two ranks, pipeline parallelism 2, two vLLM engines.
+# Run by `make demo`, which makes the environment and the toy models first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+toy=build/toy
+run=${RUN_DIR:-runs/demo}
+iterations=${ITERATIONS:-16}
+
+# A demo starts afresh; a run's own folder is all that it removes.
+rm -rf -- "$run"
+
+OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 --log-dir "$run/torchrun" \
+  pretrain_rlhf.py \
+  --actor-model "$toy/actor" --reward-model "$toy/reward" --prompt-data "$toy/prompts.jsonl" \
+  --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 \
+  --rollout-instances 2 --rollout-max-prompt-tokens 64 --rollout-max-new-tokens 160 \
+  --rollout-batch-size 64 --global-batch-size 32 --micro-batch-size 8 \
+  --train-iters "$iterations" --ppo-epochs 2 --ppo-kl-coef 0.02 \
+  --lr 3e-4 --min-lr 1e-4 --lr-decay-style linear --critic-lr 1e-3 \
+  --save "$run/checkpoints" --save-interval 8 --save-hf "$run/models" \
+  --rlhfuse-run-dir "$run"
+
+.venv/bin/rlhfuse report "$run"
