@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 DATA_FLAG = "--prompt-data"
+LIMIT_FLAG = "--rollout-max-prompt-tokens"
 OVERLONG_FLAG = "--rollout-overlong-prompts"
 
 
@@ -72,14 +73,14 @@ class PromptDataset:
                     self.dropped += 1
                 else:
                     raise ValueError(
-                        f"{where}: the prompt has {len(token_ids)} tokens, more than the limit of "
-                        f"{max_prompt_tokens}; shorten it, raise the limit, or leave such prompts "
-                        f"out with {OVERLONG_FLAG} drop"
+                        f"{where}: the prompt has {len(token_ids)} tokens, more than {LIMIT_FLAG} "
+                        f"{max_prompt_tokens}; shorten it, raise {LIMIT_FLAG}, or leave such "
+                        f"prompts out with {OVERLONG_FLAG} drop"
                     )
         if not self._prompts:
             raise ValueError(
                 f"{DATA_FLAG}: no prompt in {', '.join(map(str, paths)) or 'no file'} "
-                f"({self.dropped} dropped for having more than {max_prompt_tokens} tokens)"
+                f"({self.dropped} left out for being longer than {LIMIT_FLAG} {max_prompt_tokens})"
             )
 
     def __len__(self) -> int:
@@ -122,9 +123,8 @@ class PromptDataset:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         if bos is not None and bare[:1] == [bos]:  # written out in the text
             return bare
-        if eos is not None and full[-1:] == [eos] and bare[-1:] != [eos]:
-            full = full[:-1]
-        return full
+        added_eos = eos is not None and full[-1:] == [eos] and full.count(eos) > bare.count(eos)
+        return full[:-1] if added_eos else full
 
     def _render(self, messages: Any, where: str) -> str:
         """The chat template's text for `messages`, up to where the answer begins."""

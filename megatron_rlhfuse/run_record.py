@@ -109,11 +109,12 @@ class RunRecord:
         self._writer.write(iteration, self._values)
         self.progress.update(iteration, self._values)
 
-    def announce(self, prompts: int, dropped: int) -> None:
+    def announce(self, start_iteration: int, prompts: int, dropped: int) -> None:
         """Says on the terminal what the run starts with."""
         if self._is_writer:
-            left_out = f", {dropped} too long and left out" if dropped else ""
-            print(f"{prompts} prompts{left_out}; run folder {self._folder}", flush=True)
+            left_out = f" ({dropped} too long and left out)" if dropped else ""
+            resumed = f"; resumed after iteration {start_iteration}" if start_iteration else ""
+            print(f"{prompts} prompts{left_out}; run folder {self._folder}{resumed}", flush=True)
 
     def finish(self) -> None:
         """Merges the ranks' traces, and says where everything lies. All ranks have flushed."""

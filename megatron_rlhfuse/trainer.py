@@ -85,8 +85,7 @@ class Trainer:
         self.run.open(self.start_iteration)
         self.generation.wait_until_ready()
         self._send_weights()
-        if self.start_iteration == 0:
-            self.run.announce(len(self.dataset), self.dataset.dropped)
+        self.run.announce(self.start_iteration, len(self.dataset), self.dataset.dropped)
 
     def _load_prompts(self) -> None:
         from transformers import AutoTokenizer

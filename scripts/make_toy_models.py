@@ -3,10 +3,11 @@
     python scripts/make_toy_models.py --output DIR [--seed N] [--prompts N]
 
 trains for about a minute on 2 CPU cores and writes
-    DIR/actor         a Llama (4 layers, 128 wide) that answers with skewed lengths, and its tokenizer
-    DIR/reward        the same trunk with a scalar head, trained on preference pairs
-    DIR/prompts.jsonl plain prompts and chats, each with its topic
-    DIR/toy.json      settings and everything measured
+    DIR/actor          a small Llama whose answers differ in length as real ones do
+    DIR/reward         the same trunk with a scalar head, trained on preference pairs
+    DIR/prompts.jsonl  plain prompts and chats, each with its topic
+    DIR/toy.json       settings and everything measured
+Both models come with the tokenizer.
 
 Invariants:
 - DIR appears complete or not at all, and nothing is overwritten that this script did not write;
@@ -21,14 +22,13 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toy.corpus import draw_example, questions, render_prompt, topic_of
+from toy.corpus import questions, render_prompt, topic_of
 
 MAX_PROMPTS = len(list(questions()))
 CHAT_EVERY = 4

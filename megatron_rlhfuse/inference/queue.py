@@ -3,7 +3,9 @@
 Invariants
 - A sample is handed to exactly one inference instance: tickets are drawn from a shared counter.
 - Nothing is unpickled; a message is `Sample.to_bytes()` or `ScoredSample.to_bytes()`.
-- Keys carry the iteration and are deleted once it is collected.
+- Keys carry the iteration. They are deleted when the next one is collected, not before: a rank that
+  has scored the last sample asks for another, perhaps after this one was collected, and without
+  the counter of tickets it would wait for a sample that never comes.
 
 The store is one of its own, apart from torch.distributed's: payloads are large, and a client that
 waits holds its connection.
@@ -79,7 +81,7 @@ class SampleQueue:
         """All scored samples as bytes, in the order of arrival; one rank calls this."""
         scored = [self._pop(f"{iteration}/scored") for _ in range(total)]
         for name in ("finished", "finished_count", "tickets", "scored"):
-            self._store.delete_key(f"{iteration}/{name}")
+            self._store.delete_key(f"{iteration - 1}/{name}")
         return scored
 
     def _pop(self, key: str) -> bytes:

@@ -24,7 +24,7 @@ def load_reward_function(path: str) -> RewardFunction:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as fault:
         # An import that fails inside the user's module is theirs to see in full.
-        if fault.name is None or not module_name.startswith(fault.name):
+        if fault.name is None or not f"{module_name}.".startswith(f"{fault.name}."):
             raise
         raise RewardFunctionError(
             f"--reward-function {path}: there is no module {fault.name}; put its folder on "

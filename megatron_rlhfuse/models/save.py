@@ -84,7 +84,7 @@ def _write_tensors(
         size = tensor.nbytes
         if batch and held + size > max_file_bytes:
             flush()
-            pass
+            held = 0
         batch[name] = tensor.cpu()
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
         held += size

@@ -178,17 +178,9 @@ def _draw_panel(axes: Axes, panel: Panel, records: Records) -> None:
     colors = dict(zip(panel.lines, style.SERIES, strict=False))
     for name in drawn:
         _draw_line(axes, iterations, values[name], panel.lines[name], colors[name])
-    if panel.band is not None and len(records) > 1:
-        center, spread = series(records, drawn[0]), series(records, panel.band)
-        axes.fill_between(
-            iterations,
-            center - spread,
-            center + spread,
-            color=colors[drawn[0]],
-            alpha=0.13,
-            linewidth=0,
-            label="\u00b1 1 std over samples",
-        )
+    if panel.band is not None:
+        first = next(iter(panel.lines))
+        _draw_band(axes, iterations, values[first], series(records, panel.band), colors[first])
     _finish(axes, panel.title, panel.unit, iterations)
     if log:
         _scale_by_decades(axes)
@@ -198,6 +190,22 @@ def _draw_panel(axes: Axes, panel: Panel, records: Records) -> None:
         axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1.0)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="best", **style.LEGEND)
+
+
+def _draw_band(
+    axes: Axes, iterations: np.ndarray, center: np.ndarray, spread: np.ndarray, color: str
+) -> None:
+    """A band of one standard deviation around a line; it takes two points to be seen."""
+    if np.isfinite(center + spread).sum() > 1:
+        axes.fill_between(
+            iterations,
+            center - spread,
+            center + spread,
+            color=color,
+            alpha=0.13,
+            linewidth=0,
+            label="\u00b1 1 std over samples",
+        )
 
 
 def _scale_by_decades(axes: Axes) -> None:

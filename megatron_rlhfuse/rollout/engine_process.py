@@ -108,4 +108,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is shut down; taking torch's and vLLM's modules apart would cost seconds.
+    os._exit(status)

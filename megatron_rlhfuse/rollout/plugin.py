@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from importlib.metadata import entry_points
 
 from megatron_rlhfuse.rollout.lifetime import ENGINE_PROCESS_VARIABLE, die_with_parent
 
@@ -26,3 +27,11 @@ def register() -> None:
     )
     if ENGINE_PROCESS_VARIABLE in os.environ:
         die_with_parent()
+
+
+def is_installed() -> bool:
+    """Whether vLLM finds `register` in processes that it starts by itself."""
+    return any(
+        entry.value == f"{__name__}:{register.__name__}"
+        for entry in entry_points(group="vllm.general_plugins")
+    )

@@ -124,8 +124,8 @@ class GenerationStage:
             f"sample {sample.sample_id}",
             sample.started,
             sample.finished,
-            track=f"engine {self._instance}",
-            category="generation",
+            track=f"engine {self._instance} samples",
+            category="sample",
             tokens=len(sample.response),
             stop_reason=sample.stop_reason,
         )

@@ -54,7 +54,7 @@ class Supervisor:
     def start(self) -> None:
         """Starts the first child without waiting for it."""
         if self._child is not None:
-            raise RuntimeError(f"generation instance {self._configure.instance} runs already")
+            raise RuntimeError(self._name("runs already"))
         self._launch()
 
     @property
@@ -104,7 +104,8 @@ class Supervisor:
             while message is not None:
                 self._heard = time.monotonic()
                 if isinstance(message, Failed):
-                    raise self._error(f"failed: {message.text.rstrip()}")
+                    self._end()
+                    raise EngineError(self._name(f"failed\n{message.text.rstrip()}"))
                 if isinstance(message, Ready):
                     self.ready = message
                 else:
@@ -139,11 +140,12 @@ class Supervisor:
     def _restart(self) -> None:
         pid, how = self.pid, self._end()
         if self.restarts == MAX_RESTARTS:
-            raise self._error(f"(pid {pid}) ended by {how}, after {MAX_RESTARTS} restarts")
+            raise EngineError(
+                self._report(f"(pid {pid}) ended by {how}, after {MAX_RESTARTS} restarts")
+            )
         self.restarts += 1
         logger.warning(
-            "generation instance %d (pid %d) ended by %s; starting it again (%d of %d)",
-            self._configure.instance,
+            self._name("(pid %d) ended by %s; starting it again (%d of %d)"),
             pid,
             how,
             self.restarts,
@@ -153,7 +155,7 @@ class Supervisor:
 
     def _running(self) -> Child:
         if self._child is None:
-            raise EngineError(f"generation instance {self._configure.instance} does not run")
+            raise EngineError(self._name("does not run"))
         return self._child
 
     def _end(self) -> str:
@@ -168,11 +170,8 @@ class Supervisor:
             self._report(f"(pid {pid}) hangs: silent for {silent:.1f} s although {what}; killed it")
         )
 
-    def _error(self, what: str) -> EngineError:
-        if self._child is not None:
-            self._end()
-        return EngineError(self._report(what))
-
     def _report(self, what: str) -> str:
-        tail = log_tail(self._configure.options.log_file)
-        return f"generation instance {self._configure.instance} {what}\n{tail}"
+        return f"{self._name(what)}\n{log_tail(self._configure.options.log_file)}"
+
+    def _name(self, what: str) -> str:
+        return f"generation instance {self._configure.instance} {what}"

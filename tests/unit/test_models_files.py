@@ -198,6 +198,11 @@ def test_files_stay_below_their_limit_and_hold_every_tensor(tmp_path: Path) -> N
         for name, tensor in held.items():
             assert index["weight_map"][name] == path.name
             assert torch.equal(tensor, tensors[name])
+    held_bytes: dict[str, int] = {}
+    for name, file in index["weight_map"].items():  # in the order of the stream
+        if file not in held_bytes and held_bytes:  # a file is begun only when it has to be
+            assert list(held_bytes.values())[-1] + tensors[name].nbytes > limit
+        held_bytes[file] = held_bytes.get(file, 0) + tensors[name].nbytes
 
 
 def test_only_what_belongs_to_the_model_is_copied(tmp_path: Path) -> None:

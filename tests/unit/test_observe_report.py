@@ -194,6 +194,19 @@ def test_values_that_are_not_finite_are_gaps_and_are_told(tmp_path: Path) -> Non
     assert (tmp_path / "plots" / "logprob_difference.png").exists()  # zero on a log axis
 
 
+def test_band_needs_line_and_deviation() -> None:
+    chart = next(chart for chart in plots.CHARTS if chart.name == "reward")
+
+    def labels(**values: float) -> list[str]:
+        figure = plots.draw_chart(chart, [{"iteration": i, **values} for i in (1, 2)])
+        assert figure is not None
+        return figure.axes[0].get_legend_handles_labels()[1]
+
+    assert len(labels(reward_mean=1.0, reward_std=0.5)) == 2
+    assert labels(reward_mean=1.0) == ["reward"]
+    assert labels(score_mean=1.0, reward_std=0.5) == ["score, before KL"]
+
+
 def test_logarithmic_axis_leaves_zeros_out() -> None:
     chart = next(chart for chart in plots.CHARTS if chart.name == "logprob_difference")
     values = [0.0, 2e-6, 3e-5]

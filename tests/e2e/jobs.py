@@ -1,0 +1,125 @@
+"""Whole jobs under torchrun, for the tests of this folder: started, watched, killed, looked after."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "build" / "toy"
+
+SMALL = {
+    "actor-model": TOY / "actor",
+    "reward-model": TOY / "reward",
+    "prompt-data": TOY / "prompts.jsonl",
+    "pipeline-model-parallel-size": 2,
+    "rollout-instances": 2,
+    "rollout-max-prompt-tokens": 64,
+    "rollout-max-new-tokens": 48,
+    "rollout-batch-size": 16,
+    "global-batch-size": 8,
+    "micro-batch-size": 2,
+    "train-iters": 2,
+    "lr": 1e-3,
+    "seed": 7,
+}
+
+
+class Job:
+    """One run of pretrain_rlhf.py on two ranks; `flags` replace or add to SMALL by name.
+
+    A flag set to True is given without a value, one set to None is left out.
+    """
+
+    def __init__(self, run_folder: Path, **flags: object) -> None:
+        assert TOY.is_dir(), "no toy models in build/toy: run `make toy`"
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self.output_path = run_folder / "output.txt"
+        given = {**SMALL, "rlhfuse-run-dir": run_folder}
+        given |= {name.replace("_", "-"): value for name, value in flags.items()}
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        words.append("pretrain_rlhf.py")
+        for name, value in given.items():
+            if value is not None:
+                words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        self.shared_memory_before = set(os.listdir("/dev/shm"))
+        self._output = self.output_path.open("w")
+        self.process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a signal to its group spares the tests
+        )
+        self._seen: dict[int, psutil.Process] = {}
+
+    @property
+    def output(self) -> str:
+        """What the job has printed so far."""
+        return self.output_path.read_text()
+
+    def wait_for(self, text: str, timeout_s: float = 180) -> None:
+        """Returns once the job has printed `text`."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output:
+            assert self.process.poll() is None, f"the job ended early:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {text!r} within {timeout_s} s:\n{self.output}"
+            time.sleep(0.05)
+        self.descendants()
+
+    def wait(self, timeout_s: float = 300) -> int:
+        """The exit status of torchrun."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill_everything()
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output}") from None
+
+    def descendants(self) -> list[psutil.Process]:
+        """All processes the job ever had, as far as they were seen."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self._seen.setdefault(child.pid, child)
+        return list(self._seen.values())
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks, by rank."""
+        ranks = [p for p in psutil.Process(self.process.pid).children() if _is_rank(p)]
+        return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
+
+    def engine(self, rank: int) -> psutil.Process:
+        """The engine process that a rank leads."""
+        children = self.ranks()[rank].children()
+        engines = [p for p in children if "engine_process" in " ".join(p.cmdline())]
+        assert len(engines) == 1, f"engines of rank {rank}: {engines}"
+        return engines[0]
+
+    def assert_nothing_left(self, within_s: float = 10) -> None:
+        """No process of the job lives, and no file of it lies in /dev/shm."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            alive = [p for p in self.descendants() if p.is_running() and p.status() != "zombie"]
+            files = set(os.listdir("/dev/shm")) - self.shared_memory_before
+            if not alive and not files:
+                return
+            time.sleep(0.1)
+        assert not alive, f"left running: {[(p.pid, p.cmdline()) for p in alive]}"
+        assert not files, f"left in /dev/shm: {files}"
+
+    def kill_everything(self) -> None:
+        """Ends every process of the job, whatever state it is in."""
+        for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+            if process.is_running():
+                process.send_signal(signal.SIGKILL)
+        self._output.close()
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "pretrain_rlhf.py" in " ".join(process.cmdline())

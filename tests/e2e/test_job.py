@@ -1,0 +1,108 @@
+"""The whole job on real engines: it learns, resumes exactly, survives its engines, and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.e2e.jobs import TOY, Job
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def four_iterations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of four iterations, saved after two and four."""
+    run = tmp_path_factory.mktemp("four")
+    job = Job(
+        run,
+        train_iters=4,
+        save=run / "checkpoints",
+        save_interval=2,
+        save_hf=run / "models",
+        ppo_kl_target=0.1,
+    )
+    assert job.wait() == 0, job.output
+    job.assert_nothing_left()
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_iteration_is_measured(four_iterations: Path) -> None:
+    records = metrics(four_iterations)
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record["weight_version"] == record["iteration"] - 1
+        assert record["consumed_samples"] == 16 * record["iteration"]
+        # Both engines compute the same policy: float32, so differences are rounding.
+        assert record["logprob_difference_max"] < 1e-4
+        stages = sum(
+            record[f"{stage}_s"] for stage in ("generation", "inference", "training", "weight_sync")
+        )
+        assert 0 < stages <= record["iteration_s"]
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert records[-1]["kl_sequence"] > 0
+    assert records[-1]["optimizer_steps"] == 8
+
+
+def test_trace_shows_ranks_engines_and_stages(four_iterations: Path) -> None:
+    events = json.loads((four_iterations / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"generation", "inference", "training", "weight_sync", "checkpoint"} <= names
+    assert {"actor step", "critic step", "score", "sample 0", "sample 15"} <= names
+    threads = {e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    assert any("engine 0" in name for name in threads)
+    assert any("engine 1" in name for name in threads)
+
+
+def test_saved_models_load_in_transformers(four_iterations: Path) -> None:
+    folder = four_iterations / "models"
+    trained = AutoModelForCausalLM.from_pretrained(folder / "actor", dtype=torch.float32)
+    initial = AutoModelForCausalLM.from_pretrained(TOY / "actor", dtype=torch.float32)
+    before, after = initial.state_dict(), trained.state_dict()
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
+    assert critic.config.num_labels == 1
+    assert AutoTokenizer.from_pretrained(folder / "actor").encode("a")
+
+
+def test_resumed_run_equals_uninterrupted_one_though_an_engine_is_killed(
+    four_iterations: Path, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(four_iterations / "checkpoints" / "iter_0000002", checkpoints / "iter_0000002")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
+    shutil.copy(four_iterations / "metrics.jsonl", tmp_path)
+    job = Job(
+        tmp_path,
+        train_iters=4,
+        load=checkpoints,
+        save_hf=tmp_path / "models",
+        ppo_kl_target=0.1,
+    )
+    job.wait_for("resumed after iteration 2")
+    time.sleep(0.3)
+    job.engine(rank=1).kill()
+    assert job.wait() == 0, job.output
+    job.assert_nothing_left()
+
+    records = metrics(tmp_path)
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4]
+    assert sum(record["engine_restarts"] for record in records[2:]) == 1
+    undisturbed = metrics(four_iterations)
+    for name in ("reward_mean", "kl", "policy_loss", "value_loss", "kl_coefficient", "actor_lr"):
+        assert [r[name] for r in records] == [r[name] for r in undisturbed], name
+    for model in ("actor", "critic"):
+        expected = load_file(four_iterations / "models" / model / "model.safetensors")
+        found = load_file(tmp_path / "models" / model / "model.safetensors")
+        assert expected.keys() == found.keys()
+        different = [name for name in expected if not torch.equal(expected[name], found[name])]
+        assert not different, f"{model}: {different}"
