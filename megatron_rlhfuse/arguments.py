@@ -315,7 +315,11 @@ def _add_ppo(parser: argparse.ArgumentParser) -> None:
         default="reward",
         help="KL as a per-token penalty in the reward, or as a term of the loss",
     )
-    add("--ppo-kl-estimator", choices=["k1", "k2", "k3"], default="k1", help="estimator of the KL")
+    add(
+        "--ppo-kl-estimator",
+        choices=["k1", "k2", "k3"],
+        help="estimator of the KL (default: k1 in the reward, k3 in the loss)",
+    )
     add("--ppo-kl-target", type=float, help="adapt --ppo-kl-coef to hold this KL per sequence")
     add(
         "--ppo-kl-horizon",

@@ -206,8 +206,9 @@ def _stand_in_for_cuda() -> None:
         setattr(cuda, name, stand_in)
     for name in ("range_push", "range_pop", "mark"):
         setattr(cuda.nvtx, name, _nothing)
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    stay: Any = lambda self, *a, **k: self  # noqa: E731
+    torch.Tensor.cuda = stay  # type: ignore[method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
 
 
 def _stand_in_for_rng() -> None:
@@ -219,11 +220,14 @@ def _stand_in_for_rng() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    cuda = torch.cuda
-    cuda.get_rng_state = get_state
-    cuda.set_rng_state = set_state
-    # torch.manual_seed itself calls manual_seed_all: the CPU generator is seeded already.
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None  # type: ignore[func-returns-value]
-    cuda.manual_seed_all = _nothing
+    replaced: dict[str, Any] = {
+        "get_rng_state": get_state,
+        "set_rng_state": set_state,
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+        # torch.manual_seed itself calls this one: the CPU generator is seeded already.
+        "manual_seed_all": _nothing,
+    }
+    for name, stand_in in replaced.items():
+        setattr(torch.cuda, name, stand_in)
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state

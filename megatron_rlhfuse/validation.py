@@ -177,10 +177,10 @@ def _check_ppo(args: argparse.Namespace) -> None:
             f"--advantage-estimator {estimator} compares the responses to one prompt: give "
             "--rollout-samples-per-prompt of 2 or more"
         )
-    if estimator in ("grpo", "rloo") and args.ppo_kl_coef and args.ppo_kl_placement == "reward":
+    if args.ppo_kl_placement == "loss" and args.ppo_kl_estimator == "k1":
         raise FlagError(
-            f"--advantage-estimator {estimator} gives every token of a response one advantage, so "
-            "a per-token penalty has no place: use --ppo-kl-placement loss or --ppo-kl-coef 0"
+            "--ppo-kl-estimator k1 has no gradient on average, so it does nothing with "
+            "--ppo-kl-placement loss: use k2, whose gradient is that of the KL, or k3"
         )
     if args.ppo_kl_target is not None and args.ppo_kl_coef == 0:
         raise FlagError("--ppo-kl-target adapts --ppo-kl-coef, which is 0: give it a start value")
@@ -256,6 +256,8 @@ def _inherit(args: argparse.Namespace) -> None:
             setattr(args, name, getattr(args, source))
     if args.rollout_instances is None:
         args.rollout_instances = max(1, args.world_size // args.rollout_tensor_parallel_size)
+    if args.ppo_kl_estimator is None:
+        args.ppo_kl_estimator = "k1" if args.ppo_kl_placement == "reward" else "k3"
     engine = platform.engine_defaults()
     if args.rollout_dtype is None:
         args.rollout_dtype = engine["dtype"]

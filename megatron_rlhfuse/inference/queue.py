@@ -13,10 +13,12 @@ waits holds its connection.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,7 +30,7 @@ from megatron_rlhfuse.rollout.samples import Sample
 _POLL_S = 0.005
 
 
-class StageTimeout(RuntimeError):
+class StageTimeoutError(RuntimeError):
     """A stage did not finish in time; the message says what was waited for."""
 
 
@@ -43,7 +45,7 @@ class SampleQueue:
     def connect(cls, timeout_s: float) -> SampleQueue:
         """COLLECTIVE over all ranks: rank 0 hosts the store, the others connect to it."""
         wait = timedelta(seconds=timeout_s)
-        address: list[object] = [None, None]
+        address: list[Any] = [None, None]
         if dist.get_rank() == 0:
             host = socket.gethostname() if _spans_nodes() else "127.0.0.1"
             store = dist.TCPStore(host, 0, None, True, wait, wait_for_workers=False)
@@ -101,7 +103,7 @@ class SampleQueue:
         deadline = time.monotonic() + self._timeout_s
         while not ready():
             if time.monotonic() > deadline:
-                raise StageTimeout(
+                raise StageTimeoutError(
                     f"{describe()} within {self._timeout_s:.0f} s; a slow stage needs a larger "
                     "--rlhfuse-stage-timeout"
                 )
@@ -109,6 +111,4 @@ class SampleQueue:
 
 
 def _spans_nodes() -> bool:
-    import os
-
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) < dist.get_world_size()

@@ -31,7 +31,7 @@ class PipelinedModel:
         self._p2p = P2PCommunicator(pp_group=process_groups.pp, config=self.config)
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> Any:
         """The GPTModel inside the wrappers."""
         return unwrap_model(self.model)
 

@@ -128,7 +128,7 @@ def grpo(scores: Tensor, group_ids: Tensor, normalize_std: bool = True) -> Tenso
 
 @torch.no_grad()
 def rloo(scores: Tensor, group_ids: Tensor) -> Tensor:
-    """REINFORCE leave-one-out: Ahmadian et al. 2024 (arXiv 2402.14740), section 3.3.
+    """REINFORCE leave-one-out: Ahmadian et al. 2024 (arXiv 2402.14740).
 
     A_i = r_i - mean of the scores of the others in its group = (r_i - mean(r)) * n / (n - 1).
     scores, group_ids: [batch]. Returns [batch], which sums to zero within each group.

@@ -125,7 +125,7 @@ def policy_loss(batch: PolicyBatch, options: PolicyLossOptions) -> LossOutput:
     With ratio r = pi / pi_old and advantage A, per token:
       max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))
         Schulman et al. 2017 (arXiv 1707.06347), equation 7; two bounds: Yu et al. 2025 (DAPO,
-        arXiv 2503.14476), equation 10;
+        arXiv 2503.14476), Clip-Higher;
       at most -A * c where A < 0: dual clip, Ye et al. 2020 (arXiv 1912.09729), equation 5;
       times min(pi_old / pi_rollout, cap): truncated importance sampling, Yao et al. 2025;
       minus entropy_coefficient * entropy, plus kl_coefficient * KL estimate.
@@ -179,7 +179,7 @@ def value_loss(batch: ValueBatch, clip: float | None) -> LossOutput:
     """The critic's regression onto returns, with the change of its values clipped.
 
     0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) per token: the clipping of
-    OpenAI baselines' PPO, described by Engstrom et al. 2020 (arXiv 2005.12729), section 3.
+    OpenAI baselines' PPO, described by Engstrom et al. 2020 (arXiv 2005.12729).
     clip: None for 0.5 * (V - R)^2. Metrics: value_loss, value (the mean of V), and, with clip,
     value_clip_fraction (tokens whose gradient the clip cuts).
     """
@@ -193,7 +193,10 @@ def value_loss(batch: ValueBatch, clip: float | None) -> LossOutput:
         if not clip > 0:
             raise ValueError(f"value clip is {clip}: it must be above 0, or None for no clipping")
         old_values = _data(batch.old_values, mask, "old_values")
-        near = old_values + (values - old_values).clamp(-clip, clip)
+        change = values - old_values
+        # Not old_values + clamp(change): inside the range that is off by a rounding error, which
+        # would count as clipped.
+        near = torch.where(change.abs() > clip, old_values + change.clamp(-clip, clip), values)
         clipped_error = (near - returns).square()
         per_token["value_clip_fraction"] = clipped_error > error
         error = torch.maximum(error, clipped_error)

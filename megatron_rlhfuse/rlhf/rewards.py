@@ -1,6 +1,6 @@
 """From one score per sample to one reward per response token.
 
-Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: R = score - beta * KL(pi || pi_ref), where
+Ziegler et al. 2019 (arXiv 1909.08593), section 2: R = score - beta * KL(pi || pi_ref), where
 the score falls due at the end of the response and the KL penalty at every token.
 """
 

@@ -181,6 +181,8 @@ def child_environment(options: EngineOptions, inherited: dict[str, str]) -> dict
     if options.device == "cpu":
         # Instances share the cores with the trainer; more threads would fight over them.
         environment["OMP_NUM_THREADS"] = "1"
+        # Left to itself vLLM wants a memory node per worker of a tensor-parallel engine.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if options.visible_devices is not None:
         # The parent counts within its own mask, where it has one.
         mask = inherited.get("CUDA_VISIBLE_DEVICES")

@@ -60,7 +60,8 @@ class TrainedModel(PipelinedModel):
         self.shape = shape
         model = build_model(args, groups, head)
         load_hf_weights(model, folder, shape, groups)
-        super().__init__(wrap_for_training(model, args, model.config, groups), groups)
+        self._ddp = wrap_for_training(model, args, model.config, groups)
+        super().__init__(self._ddp, groups)
         config, overrides = get_megatron_optimizer_config(args)
         self.optimizer = get_megatron_optimizer(
             config,
@@ -73,7 +74,7 @@ class TrainedModel(PipelinedModel):
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         if args.overlap_grad_reduce:
-            self.config.no_sync_func = self.model.no_sync
+            self.config.no_sync_func = self._ddp.no_sync
 
     @property
     def replicas(self) -> int:
@@ -101,7 +102,7 @@ class TrainedModel(PipelinedModel):
         COLLECTIVE over all ranks. `metrics` names what the loss function reports, since ranks
         before the last stage never see it.
         """
-        self.model.zero_grad_buffer()
+        self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         reported = self.run(forward_step, micro_batches, forward_only=False)
         applied, grad_norm, _ = self.optimizer.step()
@@ -117,6 +118,10 @@ class TrainedModel(PipelinedModel):
             learning_rate=float(learning_rate or 0.0),
             applied=bool(applied),
         )
+
+    def skip_step(self) -> None:
+        """Leaves an optimizer step out; the learning rate counts iterations, so it moves on."""
+        self.scheduler.step(increment=1)
 
     def _sum_metrics(
         self, reported: Sequence[dict[str, Tensor]], names: Sequence[str]

@@ -7,10 +7,12 @@ import json
 import random
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rollout.samples import Sample
@@ -93,14 +95,13 @@ def make_sample(sample_id: int, seed: int, prompt: tuple[int, ...] | None = None
     )
 
 
-def make_scored(sample_id: int, seed: int) -> ScoredSample:
-    """A random sample with random scores, log-probabilities near those of a random model."""
-    sample = make_sample(sample_id, seed)
+def make_scored(sample: Sample, log_probs: Tensor, seed: int) -> ScoredSample:
+    """The sample with random scores; its log-probabilities all near those given, [response]."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(3, len(sample.response), generator=generator)
-    log_probs = torch.tensor(sample.log_probs)
+    noise = torch.randn(4, len(sample.response), generator=generator)
+    rollout = (log_probs + 0.3 * noise[3]).tolist()
     return ScoredSample(
-        sample=sample,
+        sample=replace(sample, log_probs=tuple(rollout)),
         log_probs=log_probs + 0.1 * noise[0],
         reference_log_probs=log_probs + 0.3 * noise[1],
         values=noise[2],

@@ -54,7 +54,17 @@ def check_training(folder: str) -> dict[str, Any]:
             for dtype in ("float32", "bfloat16")
         },
         "head": _sequence_parallel_head(),
+        "pipelines": _pipelines(LAYOUTS["reversed"]),
     }
+
+
+def _pipelines(layout: Layout) -> dict[str, list[int]]:
+    from megatron_rlhfuse.pipeline.groups import build_process_groups
+
+    groups = build_process_groups(layout, "order")
+    assert groups is not None
+    found = {name: getattr(groups.pgc, name) for name in ("pp", "embd")}
+    return {name: dist.get_process_group_ranks(group) for name, group in found.items()}
 
 
 def _gradients(root: Path, kind: str, head: Any, layout: Layout) -> float:
@@ -206,6 +216,13 @@ def test_gradients_equal_those_of_transformers(
 ) -> None:
     for result in results:
         assert result["gradients"][f"{kind} {head} {layout}"] < RELATIVE_TOLERANCE
+
+
+def test_groups_of_a_reversed_pipeline_keep_its_order(results: Results) -> None:
+    for rank, result in enumerate(results):
+        pipeline = [3, 2] if rank > 1 else [1, 0]
+        # Megatron takes the first of `embd` for the owner of tied embeddings.
+        assert result["pipelines"] == {"pp": pipeline, "embd": pipeline}
 
 
 @pytest.mark.parametrize("vocabulary", [13, 16, 5])

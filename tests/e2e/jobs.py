@@ -1,4 +1,4 @@
-"""Whole jobs under torchrun, for the tests of this folder: started, watched, killed, looked after."""
+"""Whole jobs under torchrun for these tests: started, watched, killed, looked after."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ class Job:
         for name, value in given.items():
             if value is not None:
                 words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        self.shared_memory_before = set(os.listdir("/dev/shm"))
         self._output = self.output_path.open("w")
         self.process = subprocess.Popen(
             words,
@@ -59,6 +58,7 @@ class Job:
             start_new_session=True,  # so that a signal to its group spares the tests
         )
         self._seen: dict[int, psutil.Process] = {}
+        self._shared_memory: set[Path] = set()
 
     @property
     def output(self) -> str:
@@ -87,6 +87,7 @@ class Job:
         if self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 self._seen.setdefault(child.pid, child)
+                self._shared_memory |= _shared_memory(child.pid)
         return list(self._seen.values())
 
     def ranks(self) -> list[psutil.Process]:
@@ -102,11 +103,11 @@ class Job:
         return engines[0]
 
     def assert_nothing_left(self, within_s: float = 10) -> None:
-        """No process of the job lives, and no file of it lies in /dev/shm."""
+        """No process of the job lives, and no file that one of them used lies in /dev/shm."""
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             alive = [p for p in self.descendants() if p.is_running() and p.status() != "zombie"]
-            files = set(os.listdir("/dev/shm")) - self.shared_memory_before
+            files = {path for path in self._shared_memory if path.exists()}
             if not alive and not files:
                 return
             time.sleep(0.1)
@@ -119,6 +120,16 @@ class Job:
             if process.is_running():
                 process.send_signal(signal.SIGKILL)
         self._output.close()
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """Files in /dev/shm that a process has mapped: other programs have files there, too."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    paths = (line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/dev/shm/" in line)
+    return {Path(path.removesuffix(" (deleted)")) for path in paths}
 
 
 def _is_rank(process: psutil.Process) -> bool:

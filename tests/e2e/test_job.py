@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.e2e.jobs import TOY, Job
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.e2e.jobs import TOY, Job
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.e2e.jobs import Job
 
 # Long enough that every fault below comes in the middle of it.

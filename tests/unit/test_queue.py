@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rlhfuse.inference.queue import SampleQueue, StageTimeout
+from megatron_rlhfuse.inference.queue import SampleQueue, StageTimeoutError
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rollout.samples import Sample
 
@@ -102,12 +102,12 @@ def test_wait_finished_returns_with_the_last_sample(store: dist.TCPStore) -> Non
 def test_time_out_says_what_is_missing_and_which_flag_helps(store: dist.TCPStore) -> None:
     queue = SampleQueue(store, SHORT_S)
     fill(queue, 2)
-    with pytest.raises(StageTimeout, match=r"generation: 2 of 8 .*--rlhfuse-stage-timeout"):
+    with pytest.raises(StageTimeoutError, match=r"generation: 2 of 8 .*--rlhfuse-stage-timeout"):
         queue.wait_finished(ITERATION, 8)
-    with pytest.raises(StageTimeout, match=r"3/scored.*--rlhfuse-stage-timeout"):
+    with pytest.raises(StageTimeoutError, match=r"3/scored.*--rlhfuse-stage-timeout"):
         queue.collect(ITERATION, 1)
     queue.take(ITERATION, 8, 2)
-    with pytest.raises(StageTimeout, match=r"3/finished.*--rlhfuse-stage-timeout"):
+    with pytest.raises(StageTimeoutError, match=r"3/finished.*--rlhfuse-stage-timeout"):
         queue.take(ITERATION, 8, 1)
 
 
