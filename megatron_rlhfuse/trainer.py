@@ -69,6 +69,8 @@ class Trainer:
         self.generation.start()  # engines take longest: they load while the models are built
         self._load_prompts()
         start_megatron()
+        self.generation.make_room()
+        dist.barrier()
         self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout)
         self.models = build_trained_models(args)
         self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
@@ -84,6 +86,7 @@ class Trainer:
             self._resume()
         self.run.open(self.start_iteration)
         self.generation.wait_until_ready()
+        self.generation.wake()
         self._send_weights()
         self.run.announce(self.start_iteration, len(self.dataset), self.dataset.dropped)
 
@@ -211,7 +214,8 @@ class Trainer:
                     model.hf_weights(),
                     write=dist.get_rank() == 0,
                 )
-        dist.barrier()
+        self.tracer.flush()
+        dist.barrier()  # rank 0 merges what all have flushed
         self.run.finish()
         dist.destroy_process_group()
 

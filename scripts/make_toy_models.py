@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,6 +39,7 @@ CHAT_EVERY = 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves the scratch folder removed
     key = {"seed": options.seed, "prompts": options.prompts, "script_sha256": script_hash()}
     if cached_key(options.output) == key:
         print(f"{options.output} is up to date")
@@ -47,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         built = Path(scratch) / "built"
         built.mkdir()
         write_prompts(built / "prompts.jsonl", options.prompts, options.seed)
-        from toy.build import build_models  # imports torch: a cached call need not wait for it
+        # On busy cores OpenMP's spinning threads take twenty times as long as waiting ones.
+        # It is read when torch is first imported, which a cached call need not wait for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from toy.build import build_models
 
         measured = build_models(built, options.seed)
         (built / "toy.json").write_text(json.dumps({**key, **measured}, indent=2) + "\n")

@@ -14,14 +14,14 @@ waits holds its connection.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megatron_rlhfuse import platform
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rollout.samples import Sample
 
@@ -45,14 +45,14 @@ class SampleQueue:
     def connect(cls, timeout_s: float) -> SampleQueue:
         """COLLECTIVE over all ranks: rank 0 hosts the store, the others connect to it."""
         wait = timedelta(seconds=timeout_s)
-        address: list[Any] = [None, None]
+        host = os.environ["MASTER_ADDR"]  # torchrun's name for the machine of rank 0
+        port = torch.zeros(1, dtype=torch.int64, device=platform.device())
         if dist.get_rank() == 0:
-            host = socket.gethostname() if _spans_nodes() else "127.0.0.1"
             store = dist.TCPStore(host, 0, None, True, wait, wait_for_workers=False)
-            address = [host, store.port]
-        dist.broadcast_object_list(address, src=0)
+            port.fill_(store.port)
+        dist.broadcast(port, src=0)
         if dist.get_rank() != 0:
-            store = dist.TCPStore(address[0], address[1], None, False, wait)
+            store = dist.TCPStore(host, int(port), None, False, wait)
         return cls(store, timeout_s)
 
     def push_finished(self, iteration: int, sample: Sample) -> None:
@@ -108,7 +108,3 @@ class SampleQueue:
                     "--rlhfuse-stage-timeout"
                 )
             time.sleep(_POLL_S)
-
-
-def _spans_nodes() -> bool:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) < dist.get_world_size()

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         refuse(f"argument -o/--output: {output} must be a file in a folder that exists")
     try:
-        print(write_report(args.run, output))
+        page_path = write_report(args.run, output)
+        print(summary.text(_read_metrics(args.run)))
+        print(f"report  {page_path}\nplots   {args.run / PLOTS_NAME}")
     except BadRunError as error:
         refuse(str(error))
     except OSError as error:

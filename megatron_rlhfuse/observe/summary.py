@@ -95,3 +95,15 @@ def not_finite(records: Records) -> dict[str, list[int]]:
 
 def _finite(records: Records, name: str) -> list[float]:
     return [record[name] for record in records if record.get(name) is not None]
+
+
+def text(records: Records) -> str:
+    """The same numbers for a terminal: the first metrics of COMPARED that there are, and times."""
+    lines = [f"{len(records)} iterations; means over the first and the last {window(records)}"]
+    for change in changes(records):
+        lines.append(f"  {change.label:54} {change.start:10.4g} -> {change.end:.4g} {change.unit}")
+    lines.append("median seconds")
+    for time in stage_times(records):
+        share = "" if math.isnan(time.share) else f"  {time.share:4.0%}"
+        lines.append(f"  {time.label:54} {time.seconds:10.3f}{share}")
+    return "\n".join(lines)

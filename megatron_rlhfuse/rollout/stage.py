@@ -53,6 +53,16 @@ class GenerationStage:
         if self._engine is not None:
             self._engine.start()
 
+    def make_room(self) -> None:
+        """Lets an engine that shares its GPU with training finish its start, and sleep.
+
+        vLLM measures the free memory while it starts: nothing may be allocated beside it then.
+        On a machine without GPUs engines go on loading while the models are built.
+        """
+        if self._engine is not None and self._engine.options.enable_sleep:
+            self._engine.wait_until_ready()
+            self._engine.sleep()
+
     def wait_until_ready(self) -> None:
         """Waits for this rank's engine. Raises EngineError naming it and its log."""
         if self._engine is not None:

@@ -5,6 +5,8 @@ Runs in an engine process only. The settings that equal samples depend on are ma
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rlhfuse.rollout import plugin
@@ -43,7 +45,7 @@ def build_engine(options: EngineOptions) -> LLMEngine:
         )
     plugin.register()
     token_budget = max(options.max_model_len, options.max_num_seqs, PREFILL_TOKENS)
-    return LLMEngine.from_engine_args(
+    engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=options.model,
             load_format="dummy",
@@ -67,6 +69,18 @@ def build_engine(options: EngineOptions) -> LLMEngine:
             disable_log_stats=True,
         )
     )
+    if options.device == "cpu" and options.tensor_parallel_size > 1:
+        engine.collective_rpc(_unlink_shared_memory)
+    return engine
+
+
+def _unlink_shared_memory(worker: object) -> None:
+    """Takes the names of vLLM's CPU collectives out of /dev/shm; runs in a worker.
+
+    All workers have mapped the memory by now, and vLLM itself never removes it.
+    """
+    for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm_*"):
+        path.unlink(missing_ok=True)
 
 
 def sampling_params(sampling: SamplingOptions, seed: int) -> SamplingParams:

@@ -8,6 +8,8 @@ Invariants
   previous checkpoint, or the new one, and never half of one, as the latest.
 - Saving, then going on, equals loading and going on, bit for bit.
 - `--load` of a folder without a checkpoint is an error, never a silent start from iteration 0.
+- Another parallel layout than the one that saved may load: models and optimizers are cut anew.
+  Only the random state cannot be, and nothing draws from it: dropout is refused.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    state = _sharded_state(args, models, is_loading=False)
+    state = _sharded_state(args, models, is_loading=False, with_random=True)
     state["progress"] = dict(progress)
+    state["random_layout"] = _random_layout(models)
     dist_checkpointing.save(state, str(folder), content_metadata=_metadata(args, models))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -90,8 +93,10 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     folder = latest_checkpoint(args.load)
-    state = _sharded_state(args, models, is_loading=True)
     try:
+        stored = dist_checkpointing.load_common_state_dict(str(folder))
+        with_random = not args.no_load_rng and stored["random_layout"] == _random_layout(models)
+        state = _sharded_state(args, models, is_loading=True, with_random=with_random)
         state = dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, KeyError, ValueError) as fault:
         raise CheckpointError(
@@ -102,18 +107,20 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
         model.module.load_state_dict(part["model"])
         if not args.no_load_optim:
             model.optimizer.load_state_dict(part["optimizer"])
-            # load_state_dict adds the stored steps to those of a live scheduler.
-            model.scheduler.num_steps = 0
-            model.scheduler.load_state_dict(part["scheduler"])
+            _restore_scheduler(model, part["scheduler"], folder)
         else:
             model.optimizer.reload_model_params()
-    if not args.no_load_rng:
+    if with_random:
         _restore_random_state(state["actor"]["random"][0])
     return dict(state["progress"])
 
 
 def _sharded_state(
-    args: argparse.Namespace, models: Mapping[str, TrainedModel], is_loading: bool
+    args: argparse.Namespace,
+    models: Mapping[str, TrainedModel],
+    *,
+    is_loading: bool,
+    with_random: bool,
 ) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
@@ -127,7 +134,7 @@ def _sharded_state(
                 part, is_loading=is_loading, metadata=metadata
             )
             part["scheduler"] = model.scheduler.state_dict()
-        if name == "actor" and not (is_loading and args.no_load_rng):
+        if name == "actor" and with_random:
             part["random"] = _random_state(groups)
         add_prefix_for_sharding(part, f"{name}.")
         state[name] = part
@@ -141,6 +148,12 @@ def _metadata(args: argparse.Namespace, models: Mapping[str, TrainedModel]) -> d
     return _build_sharded_state_dict_metadata(args, dp_cp_group=group)
 
 
+def _random_layout(models: Mapping[str, TrainedModel]) -> list[int]:
+    """Pipeline and tensor size of the random state: the actor's."""
+    layout = models["actor"].groups.layout
+    return [layout.pp, layout.tp]
+
+
 def _random_state(groups: Any) -> Any:
     from megatron.training.checkpointing import get_rng_state
 
@@ -151,6 +164,19 @@ def _random_state(groups: Any) -> Any:
         dp_cp_group=groups.dp_cp,
         dp_group=groups.dp,
     )
+
+
+def _restore_scheduler(model: TrainedModel, state: Mapping[str, Any], folder: Path) -> None:
+    # load_state_dict adds the stored steps to those of a live scheduler.
+    model.scheduler.num_steps = 0
+    try:
+        model.scheduler.load_state_dict(dict(state))
+    except AssertionError as fault:  # Megatron's way to say that flags have changed
+        raise CheckpointError(
+            f"the {model.name}'s learning-rate schedule is not that of {folder} ({fault}): give "
+            "the flags it was started with (--train-iters too, unless --lr-decay-iters is given), "
+            "or choose with --override-opt-param-scheduler or --use-checkpoint-opt-param-scheduler"
+        ) from fault
 
 
 def _restore_random_state(state: Mapping[str, Any]) -> None:

@@ -44,11 +44,11 @@ QUESTIONS = (
 # (fewest clauses, opener): the last one whose count is reached opens the response
 OPENERS = ((1, "Briefly:"), (3, "Well:"), (7, "In detail:"), (15, "Step by step:"))
 
-MEDIAN_CLAUSES = 2.8
-SIGMA_CLAUSES = 0.95
-"""P99 of the number of clauses is exp(2.33 * 0.95) = 9 medians; openers and cap bring it to 6."""
+MEDIAN_CLAUSES = 2.2
+SIGMA_CLAUSES = 1.0
+"""P99 of a log-normal is exp(2.33 * sigma) medians: with openers and cap, 8 in tokens."""
 MAX_CLAUSES = 31
-"""158 tokens with opener and end: above it (0.4% of the draws) a count is drawn again."""
+"""160 tokens with opener and end: above it (0.4% of the draws) a count is drawn again."""
 
 TONE_KEPT = 0.8
 """Probability that a clause has its response's tone; else it has any of the three."""

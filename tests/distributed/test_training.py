@@ -7,6 +7,7 @@ read their part of its results.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from argparse import Namespace
 from dataclasses import replace
@@ -28,7 +29,7 @@ from tests.distributed.job_helpers import (
 from tests.distributed.model_helpers import seed_megatron
 
 RANKS = 4
-BATCH, MINI_BATCH, EPOCHS, ITERATIONS = 32, 16, 2, 2
+BATCH, MINI_BATCH, EPOCHS = 32, 16, 2
 STEPS = EPOCHS * BATCH // MINI_BATCH  # of one iteration
 KL_COEFFICIENT = 0.2
 TEMPERATURE = 0.7
@@ -37,7 +38,7 @@ ADAM_EPS = 1e-4  # large: Adam then does not blow up gradients that are rounding
 # A term of every kind; the clipping of gradients bites; nothing is the same for both models.
 FLAGS = f"""
     --rollout-batch-size {BATCH} --global-batch-size {MINI_BATCH} --micro-batch-size 2
-    --train-iters {ITERATIONS} --ppo-epochs {EPOCHS} --rollout-temperature {TEMPERATURE}
+    --train-iters 2 --ppo-epochs {EPOCHS} --rollout-temperature {TEMPERATURE}
     --lr 6e-4 --min-lr 2e-4 --lr-warmup-iters 1 --lr-warmup-init 2e-4 --lr-decay-style linear
     --weight-decay 0.1 --clip-grad 0.5 --adam-eps {ADAM_EPS}
     --critic-lr 4e-4 --critic-min-lr 4e-4 --critic-lr-warmup-iters 0
@@ -47,16 +48,15 @@ FLAGS = f"""
 """
 # Actor's and critic's tensor and pipeline sizes, and what else differs from FLAGS.
 CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, object]]] = {
-    "DP4": ((1, 1), (1, 1), {"micro_batch_size": 1, "critic_micro_batch_size": 4}),
-    "DP4, other micro-batches": (
-        (1, 1),
-        (1, 1),
-        {"micro_batch_size": 4, "critic_micro_batch_size": 1},
-    ),
-    "DP4, overlapped reduction": ((1, 1), (1, 1), {"overlap_grad_reduce": True}),
     "PP2 DP2, critic TP2 DP2": ((1, 2), (2, 1), {}),
     "TP2 DP2, critic PP2 DP2": ((2, 1), (1, 2), {}),
     "TP2 PP2, critic PP4": ((2, 2), (1, 4), {"critic_micro_batch_size": 1}),
+    "DP4": ((1, 1), (1, 1), {"micro_batch_size": 1, "critic_micro_batch_size": 4}),
+    "DP4, other micro-batches, overlapped reduction": (
+        (1, 1),
+        (1, 1),
+        {"micro_batch_size": 4, "critic_micro_batch_size": 1, "overlap_grad_reduce": True},
+    ),
     "PP4, recomputed activations": (
         (1, 4),
         (1, 1),
@@ -67,9 +67,10 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, object]]] = {
         },
     ),
 }
-# float32 sums in another order, over eight steps; a wrong factor anywhere is off by far more.
-RELATIVE_TOLERANCE = 1e-5
-UPDATE_TOLERANCE = 1e-3
+LONG_CASE = "PP2 DP2, critic TP2 DP2"  # runs two iterations, the others one
+# float32 sums in another order; a wrong factor anywhere is off by far more.
+WEIGHT_TOLERANCE = 1e-6
+UPDATE_TOLERANCE = 2e-4
 
 Results = dict[str, Any]
 
@@ -78,8 +79,6 @@ Results = dict[str, Any]
 
 
 def check_training(folder: str) -> Results:
-    import time
-    T0=time.time()
     root = Path(folder)
     if dist.get_rank() == 0:
         make_folders(root)
@@ -87,27 +86,31 @@ def check_training(folder: str) -> Results:
     args = parse_job(root, *FLAGS.split())
     seed_megatron()
     reference = _Reference(args)
-    experiences = [_experience(args, reference, i) for i in range(1, ITERATIONS + 1)]
-    expected = [reference.update(i, e) for i, e in enumerate(experiences, start=1)]
-    import time
+    experiences = [_experience(args, reference, iteration) for iteration in (1, 2)]
+    if dist.get_rank() == 0:  # which alone has something to compare with
+        reference.run(experiences)
     cases = {}
-    times=[time.time()]
     for name, (actor, critic, changes) in CASES.items():
         job = _Job(_in_layout(args, actor, critic, **changes))
-        updates = [job.update(i, e) for i, e in enumerate(experiences, start=1)]
-        times.append(time.time())
-        cases[name] = {"updates": updates, "errors": reference.compare(job)}
-    a= {
-        "expected": expected,
+        count = 2 if name == LONG_CASE else 1
+        updates = [job.update(i, e) for i, e in enumerate(experiences[:count], start=1)]
+        errors = reference.errors(job.weights(), count) if dist.get_rank() == 0 else job.drain()
+        cases[name] = {"updates": updates, "errors": errors, "parts": job.parts()}
+    rows = _first_mini_batch(args)
+    return {
+        "expected": reference.updates,
         "cases": cases,
         "early stop": _early_stop(args, experiences),
         "warm-up": _critic_warmup(args, experiences),
-        "sgd": _sgd(args, experiences[0]),
-        "bfloat16": _bfloat16(args, experiences[0]),
+        "sgd": _sgd(args, experiences[0].select(rows)),
+        "bfloat16": _bfloat16(args, experiences[0].select(rows)),
     }
-    times.append(time.time())
-    a["times"]=[T0-0, *times]
-    return a
+
+
+def _first_mini_batch(args: Namespace) -> Tensor:
+    from megatron_rlhfuse.training.experience import mini_batches
+
+    return mini_batches(BATCH, MINI_BATCH, 1, zlib.crc32(f"{args.seed} 1".encode()))[0][0]
 
 
 def _experience(args: Namespace, reference: _Reference, iteration: int) -> Any:
@@ -163,8 +166,22 @@ class _Job:
             for name, steps in (("actor", updates.actor), ("critic", updates.critic))
         }
 
+    def parts(self) -> dict[str, tuple[list[int], float]]:
+        """By model: this rank's stage and tensor part, and a sum of the weights it holds."""
+        found = {}
+        for name, model in self.models.by_name().items():
+            place = model.groups.place
+            total = sum(float(p.double().sum()) for p in model.module.parameters())
+            found[name] = ([place.stage, place.tensor], total)
+        return found
+
+    def drain(self) -> dict[str, Any]:
+        """Takes part in another rank's `weights`."""
+        self.weights()
+        return {}
+
     def weights(self) -> dict[str, Tensor]:
-        """All weights by model and Hugging Face name."""
+        """COLLECTIVE. All weights by model and Hugging Face name."""
         return {
             f"{model}.{name}": tensor
             for model, trained in self.models.by_name().items()
@@ -182,12 +199,19 @@ class _Reference:
         torch.manual_seed(0)
         self.actor = AutoModelForCausalLM.from_pretrained(args.actor_model)
         self.critic = AutoModelForSequenceClassification.from_pretrained(args.critic_model)
-        self.start = {name: tensor.clone() for name, tensor in self.weights().items()}
+        self.updates: list[Results] = []
+        self.history = [self.weights()]
         self.optimizers = {
             "actor": self._optimizer(self.actor, args.weight_decay),
             "critic": self._optimizer(self.critic, args.critic_weight_decay),
         }
         self.steps = 0
+
+    def run(self, experiences: list[Any]) -> None:
+        """Trains; `updates` are what each iteration reports, `history` the weights after it."""
+        for iteration, experience in enumerate(experiences, start=1):
+            self.updates.append(self._update(iteration, experience))
+            self.history.append(self.weights())
 
     def _optimizer(self, model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
         """Biases and norms are not decayed."""
@@ -198,7 +222,7 @@ class _Reference:
         ]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=ADAM_EPS)
 
-    def update(self, iteration: int, experience: Any) -> Results:
+    def _update(self, iteration: int, experience: Any) -> Results:
         from megatron_rlhfuse.rlhf.losses import aggregation_weights
         from megatron_rlhfuse.training.experience import mini_batches
 
@@ -274,19 +298,19 @@ class _Reference:
 
     def weights(self) -> dict[str, Tensor]:
         return {
-            f"{model}.{name}": parameter.detach()
+            f"{model}.{name}": parameter.detach().clone()
             for model in ("actor", "critic")
             for name, parameter in getattr(self, model).named_parameters()
         }
 
-    def compare(self, job: _Job) -> dict[str, tuple[float, float]]:
-        """By tensor: error relative to the weights, and relative to what the steps changed."""
-        found, expected = job.weights(), self.weights()
+    def errors(self, found: dict[str, Tensor], iterations: int) -> dict[str, tuple[float, float]]:
+        """By tensor: error relative to the weights, and relative to what training changed."""
+        start, expected = self.history[0], self.history[iterations]
         assert found.keys() == expected.keys()
         errors = {}
         for name, tensor in found.items():
             error = (tensor - expected[name]).norm()
-            moved = (expected[name] - self.start[name]).norm()
+            moved = (expected[name] - start[name]).norm()
             errors[name] = (float(error / expected[name].norm()), float(error / moved))
         return errors
 
@@ -330,7 +354,7 @@ def _critic_warmup(args: Namespace, experiences: list[Any]) -> Results:
             model: all(torch.equal(a[n], b[n]) for n in a if n.startswith(model))
             for model in ("actor", "critic")
         }
-        for a, b in zip(history, history[1:], strict=False)
+        for a, b in itertools.pairwise(history)
     ]
     return {"same": same, "actor steps": [len(update["actor"]) for update in updates]}
 
@@ -348,11 +372,10 @@ def _sgd(args: Namespace, experience: Any) -> dict[str, float]:
         start_weight_decay=0.0,
         end_weight_decay=0.0,
         ppo_epochs=1,
-        rollout_batch_size=MINI_BATCH,
     )
     job = _Job(args)
     before = job.weights()
-    job.update(1, experience.select(torch.arange(MINI_BATCH)))
+    job.update(1, experience)
     after = job.weights()
     lengths = {}
     for model in ("actor", "critic"):
@@ -370,6 +393,7 @@ def _bfloat16(args: Namespace, experience: Any) -> Results:
         bf16=True,
         params_dtype=torch.bfloat16,
         accumulate_allreduce_grads_in_fp32=True,
+        ppo_epochs=1,
     )
     job = _Job(args)
     update = job.update(1, experience)
@@ -388,35 +412,45 @@ def results(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Re
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_after_eight_steps_equal_plain_torch(results: list[Results], case: str) -> None:
-    for rank in results:
-        for name, (relative, update) in rank["cases"][case]["errors"].items():
-            assert relative < RELATIVE_TOLERANCE, name
-            assert update < UPDATE_TOLERANCE, name
+def test_weights_equal_those_of_plain_torch(results: list[Results], case: str) -> None:
+    errors = results[0]["cases"][case]["errors"]
+    assert {name.split(".")[0] for name in errors} == {"actor", "critic"}
+    for name, (weight, update) in errors.items():
+        assert weight < WEIGHT_TOLERANCE, name
+        assert update < UPDATE_TOLERANCE, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replicas_hold_equal_weights(results: list[Results], case: str) -> None:
+    for model in ("actor", "critic"):
+        parts = [rank["cases"][case]["parts"][model] for rank in results]
+        for place, total in parts:
+            assert [t for p, t in parts if p == place] == [total] * [p for p, _ in parts].count(
+                place
+            )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_are_those_of_the_whole_mini_batch(results: list[Results], case: str) -> None:
     updates = results[0]["cases"][case]["updates"]
-    for update, expected in zip(updates, results[0]["expected"], strict=True):
+    for update, expected in zip(updates, results[0]["expected"], strict=False):
         for model in ("actor", "critic"):
             assert len(update[model]) == STEPS
             for step, wanted in zip(update[model], expected[model], strict=True):
-                assert step == pytest.approx(wanted, rel=1e-3, abs=1e-5), model
+                assert step.keys() == wanted.keys()
+                for name, value in wanted.items():
+                    # A rounding error may put one token on the other side of a bound.
+                    slack = 0.02 if name.endswith("fraction") else 1e-5
+                    assert step[name] == pytest.approx(value, rel=1e-4, abs=slack), name
 
 
-def test_show(results):
-    for c,v in results[0]["cases"].items(): print(c, max(e[0] for e in v["errors"].values()), max(e[1] for e in v["errors"].values()))
-    print([y-x for x,y in zip(results[0]["times"],results[0]["times"][1:])])
-    for u in results[0]["expected"]: print(*u["actor"], *u["critic"],sep="\n")
-    assert 0
 def test_metrics_are_equal_on_every_rank(results: list[Results]) -> None:
     for case in CASES:
         everywhere = [rank["cases"][case]["updates"] for rank in results]
         assert everywhere == everywhere[:1] * RANKS, case
 
 
-def test_gradients_are_clipped_in_the_reference_case(results: list[Results]) -> None:
+def test_the_reference_clips_its_gradients(results: list[Results]) -> None:
     # Else the tests above would say nothing of clipping.
     for update in results[0]["expected"]:
         assert all(step["grad_norm"] > 0.5 for step in update["actor"])
@@ -424,7 +458,7 @@ def test_gradients_are_clipped_in_the_reference_case(results: list[Results]) -> 
 
 
 def test_learning_rates_count_iterations(results: list[Results]) -> None:
-    first, second = results[0]["cases"]["PP2 DP2, critic TP2 DP2"]["updates"]
+    first, second = results[0]["cases"][LONG_CASE]["updates"]
     rates = [step["learning_rate"] for step in first["actor"] + second["actor"]]
     assert rates == pytest.approx([_learning_rate(step) for step in range(2 * STEPS)])
     assert rates[0] == pytest.approx(2e-4) and rates[STEPS] == pytest.approx(6e-4)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -28,13 +27,6 @@ def mortal_engine(make_engine: MakeEngine, tiny_model: TinyModel) -> GenerationE
     engine = make_engine(tiny_model, 2, step_timeout_s=20.0)
     engine.wait_until_ready()
     return engine
-
-
-def collect(engine: GenerationEngine) -> list[int]:
-    samples = []
-    while engine.unfinished:
-        samples += engine.poll(1.0)
-    return samples
 
 
 def test_killed_in_generation_every_sample_comes_once_with_its_tokens(
@@ -88,3 +80,65 @@ def test_a_stopped_engine_is_a_hang_that_names_it(
             engine.poll(60.0)
     assert time.monotonic() - started < 10.0
     assert living_members(pid) == []
+
+
+ORPHAN_MAKER = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from megatron_rlhfuse.rollout.engine import GenerationEngine
+from tests.e2e.conftest import SAMPLING, TinyModel, engine_options, requests
+
+folder, log = Path(sys.argv[1]), Path(sys.argv[2])
+options = engine_options(TinyModel(folder, None), log, tensor_parallel_size=2)
+engine = GenerationEngine(5, options, SAMPLING)
+engine.start()
+engine.update_weights(load_file(folder / "model.safetensors").items(), 1)
+engine.submit(requests(16) * 100)
+engine.poll(60.0)
+print(engine.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_engine_and_workers_die_with_their_parent_and_leave_no_shared_memory(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    # Workers find the plugin through the package's entry point, installed or not.
+    info = tmp_path / "site" / "rlhfuse_entry_point-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rlhfuse-entry-point\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nrlhfuse = megatron_rlhfuse.rollout.plugin:register\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN_MAKER, str(tiny_model.folder), str(tmp_path / "engine5.log")],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{info.parent}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        # The engine, two workers, and the resource tracker that removes their shared memory.
+        members = living_members(engine)
+        shared = {path for member in members for path in mapped_shared_memory(member)}
+        parent.kill()
+    assert len(members) == 4
+    assert any(path.exists() for path in shared)
+    deadline = time.monotonic() + 10.0
+    while time.monotonic() < deadline and (
+        living_members(engine) or any(path.exists() for path in shared)
+    ):
+        time.sleep(0.1)
+    assert living_members(engine) == []
+    assert [path for path in shared if path.exists()] == []
+
+
+def mapped_shared_memory(pid: int) -> set[Path]:
+    """The files of /dev/shm that a process has mapped and that have a name."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    paths = [line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line]
+    return {Path(path) for path in paths if not path.endswith("(deleted)")}

@@ -271,9 +271,7 @@ def test_weights_of_all_micro_batches_sum_to_one(
 ) -> None:
     experience = build_experience(scored_samples(response_lengths, seed), OPTIONS, KL, PAD)
     whole = replace(experience, weights=aggregation_weights(experience.mask, kind))
-    order = torch.randperm(
-        len(response_lengths), generator=torch.Generator().manual_seed(seed)
-    )
+    order = torch.randperm(len(response_lengths), generator=torch.Generator().manual_seed(seed))
     parts = [whole.select(rows) for rows in order.split(micro)]
     total = sum(float(part.weights.double().sum()) for part in parts)  # type: ignore[union-attr]
     assert math.isclose(total, 1.0, rel_tol=1e-5)
@@ -294,7 +292,9 @@ def test_an_epoch_of_mini_batches_is_a_permutation(
 def test_mini_batches_depend_on_the_seed_alone() -> None:
     def drawn(seed: int) -> list[int]:
         torch.manual_seed(random.randrange(2**31))  # the process's own stream has no part in it
-        return torch.cat([rows for epoch in mini_batches(32, 8, 2, seed) for rows in epoch]).tolist()
+        return torch.cat(
+            [rows for epoch in mini_batches(32, 8, 2, seed) for rows in epoch]
+        ).tolist()
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)

@@ -76,8 +76,8 @@ def test_every_sample_is_handed_out_exactly_once(store: dist.TCPStore, count: in
         results = [pool.submit(consume, queue) for queue in queues]
         start.wait()
         fill(SampleQueue(store, LONG_S), total)  # while they are waiting
-        taken = [future.result(timeout=60) for future in results]
-    assert sorted(sum(taken, [])) == list(range(total))
+        taken = [sample_id for future in results for sample_id in future.result(timeout=60)]
+    assert sorted(taken) == list(range(total))
 
 
 def test_iterations_do_not_mix(store: dist.TCPStore) -> None:

@@ -68,6 +68,15 @@ def test_value_loss_and_metrics_equal_the_loop(
     assert as_floats(value_loss(batch, clip)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_nothing_is_clipped_where_every_value_is_near_the_old_one() -> None:
+    old, step = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(8, WIDTH)
+    batch = ValueBatch(
+        old + 0.2 * step.tanh(), old, -old, mask, aggregation_weights(mask, "token-mean")
+    )
+    assert value_loss(batch, 0.2).metrics["value_clip_fraction"] == 0
+
+
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_value_loss_gradient_equals_finite_differences(clip: float | None) -> None:
     batch = random_value_batch([6, 2, 4], 13)
