@@ -51,14 +51,13 @@ def default_flags() -> dict[str, Any]:
         "use_cpu_initialization": True,
         "transformer_impl": "local",
         "apply_rope_fusion": False,
-        "persist_layer_norm": False,  # local spec: no fused norm kernel without apex
+        "no_persist_layer_norm": True,
         "masked_softmax_fusion": False,
         "bias_swiglu_fusion": False,
         "bias_gelu_fusion": False,
         "bias_dropout_fusion": False,
         "gradient_accumulation_fusion": False,
         "attention_softmax_in_fp32": True,
-        "async_tensor_model_parallel_allreduce": False,
     }
 
 

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,39 @@ def make_sample(sample_id: int, seed: int, prompt: tuple[int, ...] | None = None
         started=0.0,
         finished=0.0,
     )
+
+
+class StubEngine:
+    """Stands for `GenerationEngine`: random tokens, a function of the request's seed."""
+
+    pid = None
+    restarts = 0
+
+    def __init__(self, instance: int, options: Any, sampling: Any) -> None:
+        self.instance, self.options = instance, options
+        self._version = -1
+        self._requests: list[Any] = []
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._requests)
+
+    def submit(self, requests: Sequence[Any]) -> None:
+        self._requests = list(requests)
+
+    def poll(self, timeout_s: float) -> list[Sample]:
+        made = [make_sample(r.sample_id, r.seed, r.prompt) for r in self._requests]
+        self._requests = []
+        return [replace(s, instance=self.instance, weight_version=self._version) for s in made]
+
+    def update_weights(self, stream: Iterable[Any], version: int) -> None:
+        self._version = version
+        for _ in stream:
+            pass
+
+    def _nothing(self) -> None: ...
+
+    start = wait_until_ready = sleep = wake = close = _nothing
 
 
 def make_scored(sample: Sample, log_probs: Tensor, seed: int) -> ScoredSample:

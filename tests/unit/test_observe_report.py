@@ -131,7 +131,10 @@ def test_report_draws_everything_into_one_page(
         json.dumps({"ppo_clip": 0.2, "num_layers": 4, "actor_model": "<toy> & co", "unset": None})
     )
     assert main(["report", str(run)]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    printed = capsys.readouterr().out
+    assert str(run / "report.html") in printed and str(run / "plots") in printed
+    assert re.search(r"Reward +[-\d.]+ -> [-\d.]+", printed)
+    assert re.search(r"generation +[\d.]+ +\d+%", printed)
     drawn = {path.stem for path in (run / "plots").iterdir()}
     assert drawn == CURVES | {"stages", "timeline"}
     assert all(ink(path) > 0.01 for path in (run / "plots").iterdir())

@@ -1,0 +1,416 @@
+"""Checkpoints of whole jobs: exact resume, a kill while saving, another layout, refusals.
+
+Two launches. The first runs four iterations without a break, saves after the second, and is killed
+(-9) while it saves after the fourth. The second one, in new processes, resumes from what it left.
+Samples come from a stub; everything else is the job's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed.conftest import run_on_ranks
+from tests.distributed.job_helpers import StubEngine, changed, make_folders, parse_job
+from tests.distributed.model_helpers import make_hf_model
+
+RANKS = 2
+FLAGS = """
+    --pipeline-model-parallel-size 2 --critic-tensor-model-parallel-size 2
+    --critic-pipeline-model-parallel-size 1 --rollout-batch-size 8 --global-batch-size 4
+    --micro-batch-size 2 --train-iters 4 --lr 1e-3 --lr-warmup-iters 1 --weight-decay 0.1
+    --ppo-kl-target 0.5 --ppo-kl-horizon 40 --seed 3
+"""
+Results = dict[str, Any]
+
+
+# ---------------------------------------------------------------- on every rank
+
+
+def run_and_be_killed(folder: str) -> None:
+    """Leaves a checkpoint of iteration 2, half of one of iteration 4, and its own digests."""
+    root = Path(folder)
+    if dist.get_rank() == 0:
+        make_folders(root)
+    dist.barrier()
+    trainer = _start(root, "--save-interval", "2")
+    digests = {}
+    for iteration in trainer.iterations():
+        _train(trainer, iteration)
+        digests[str(iteration)] = _digest(trainer)
+        if iteration == 4:
+            digests["bfloat16"] = _bfloat16_job(trainer).run(root, save=True)
+            (root / f"uninterrupted-{dist.get_rank()}.json").write_text(json.dumps(digests))
+            _die_while_saving()
+        trainer.publish_weights(iteration)
+        trainer.record(iteration)
+
+
+def resume(folder: str) -> Results:
+    from megatron_rlhfuse.training.checkpoint import TRACKER
+
+    root = Path(folder)
+    left = sorted(path.name for path in (root / "checkpoints").iterdir())
+    whole = (root / "checkpoints" / "iter_0000004" / "metadata.json").exists()
+    trainer = _start(root, "--save-interval", "2", "--load", f"{root}/checkpoints")
+    started_from, digests = trainer.start_iteration, {str(2): _digest(trainer)}
+    for iteration in trainer.iterations():
+        _train(trainer, iteration)
+        digests[str(iteration)] = _digest(trainer)
+        trainer.publish_weights(iteration)
+        trainer.record(iteration)
+    digests["bfloat16"] = _bfloat16_job(trainer).run(root, save=False)
+    return {
+        "left": left,
+        "half is whole": whole,
+        "started from": started_from,
+        "digests": digests,
+        "latest": (root / "checkpoints" / TRACKER).read_text(),
+        "other layout": _other_layout(trainer),
+        "refusals": _refusals(trainer, root),
+        "crash before the tracker": _crash_before_the_tracker(trainer),
+    }
+
+
+def _start(root: Path, *flags: str) -> Any:
+    from megatron_rlhfuse.rollout import stage
+    from megatron_rlhfuse.trainer import Trainer
+
+    stage.GenerationEngine = StubEngine  # type: ignore[misc, assignment]
+    trainer = Trainer(parse_job(root, *FLAGS.split(), "--save", f"{root}/checkpoints", *flags))
+    return trainer.__enter__()
+
+
+def _train(trainer: Any, iteration: int) -> None:
+    prompts = trainer.next_prompts()
+    trainer.generate(iteration, prompts)
+    trainer.train(iteration, trainer.infer(iteration, prompts))
+
+
+def _digest(trainer: Any) -> dict[str, str]:
+    """Of everything a checkpoint holds, on this rank, bit for bit."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    digests = {
+        "data": trainer.sampler.state_dict(),
+        "kl": trainer.kl_controller.state_dict(),
+        "steps": trainer.ppo.optimizer_steps,
+        "random": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
+        "model-parallel random": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    for name, model in trainer.models.by_name().items():
+        digests |= {f"{name} {key}": value for key, value in _model_state(model).items()}
+    return {name: _hash(value) for name, value in digests.items()}
+
+
+def _model_state(model: Any) -> dict[str, Any]:
+    return {
+        "weights": dict(model.module.named_parameters()),
+        "optimizer": model.optimizer.state_dict(),
+        "scheduler": model.scheduler.state_dict(),
+    }
+
+
+def _hash(value: Any) -> str:
+    found = hashlib.sha256()
+    for piece in _pieces(value):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        flat = value.detach().contiguous().reshape(-1)
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield str(key).encode()
+            yield from _pieces(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _pieces(item)
+    elif hasattr(value, "tobytes"):
+        yield value.tobytes()
+    else:
+        yield repr(value).encode()
+
+
+def _die_while_saving() -> None:
+    """When the tensors are on disk and rank 0 is about to seal them."""
+    from megatron.core.dist_checkpointing import serialization
+
+    def killed(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    serialization.save_config = killed
+
+
+class _bfloat16_job:  # noqa: N801
+    """One step, a checkpoint, one more step, with bfloat16 weights and float32 masters."""
+
+    def __init__(self, trainer: Any) -> None:
+        from megatron_rlhfuse.assembly import build_trained_models
+        from megatron_rlhfuse.observe.trace import Tracer
+        from megatron_rlhfuse.training.ppo import PPO
+
+        self.args = changed(
+            trainer.args,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            accumulate_allreduce_grads_in_fp32=True,
+        )
+        self.models = build_trained_models(self.args)
+        self.ppo = PPO(self.args, self.models, Tracer("unused", 0, enabled=False))
+        self.tokenizer = trainer.tokenizer
+        self.trainer = trainer
+
+    def run(self, root: Path, save: bool) -> dict[str, str]:
+        from megatron_rlhfuse.training.checkpoint import load_checkpoint, save_checkpoint
+
+        args, models = self.args, self.models.by_name()
+        args.save = args.load = f"{root}/bfloat16"
+        if save:
+            self.ppo.update(1, _experience(args), 0.1)
+            save_checkpoint(args, 1, models, {"iteration": 1})
+        else:
+            assert load_checkpoint(args, models) == {"iteration": 1}
+        self.ppo.update(2, _experience(args), 0.1)
+        return {name: _hash(_model_state(model)) for name, model in models.items()}
+
+
+def _experience(args: Any) -> Any:
+    from megatron_rlhfuse.training.experience import build_experience
+    from megatron_rlhfuse.training.ppo import advantage_options
+    from tests.distributed.job_helpers import make_sample, make_scored
+
+    samples = [make_sample(i, i) for i in range(args.rollout_batch_size)]
+    scored = [make_scored(s, torch.tensor(s.log_probs), s.sample_id) for s in samples]
+    return build_experience(scored, advantage_options(args), 0.1, pad_token=0)
+
+
+def _other_layout(trainer: Any) -> Results:
+    """Loads the latest checkpoint into models that are cut the other way round."""
+    from megatron_rlhfuse.assembly import build_trained_models
+    from megatron_rlhfuse.observe.trace import Tracer
+    from megatron_rlhfuse.training.checkpoint import load_checkpoint
+    from megatron_rlhfuse.training.ppo import PPO
+
+    args = changed(
+        trainer.args,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=1,
+        critic_tensor_model_parallel_size=1,
+        critic_pipeline_model_parallel_size=1,
+    )
+    models = build_trained_models(args)
+    progress = load_checkpoint(args, models.by_name())
+    loaded = _equal_weights(trainer.models, models)
+    # Equal optimizers too: both go on, and arrive at the same place.
+    trainer.ppo.update(5, _experience(args), 0.1)
+    ppo = PPO(args, models, Tracer("unused", 0, enabled=False))
+    ppo.update(5, _experience(args), 0.1)
+    return {
+        "iteration": progress["iteration"],
+        "equal": loaded,
+        "difference": _largest_difference(trainer.models, models),
+    }
+
+
+def _equal_weights(one: Any, other: Any) -> dict[str, bool]:
+    return {
+        name: all(
+            torch.equal(a, b)
+            for (_, a), (_, b) in zip(model.hf_weights(), again.hf_weights(), strict=True)
+        )
+        for (name, model), again in zip(one.by_name().items(), other.by_name().values(), strict=True)
+    }
+
+
+def _largest_difference(one: Any, other: Any) -> float:
+    return max(
+        float((a - b).abs().max())
+        for model, again in zip(one.by_name().values(), other.by_name().values(), strict=True)
+        for (_, a), (_, b) in zip(model.hf_weights(), again.hf_weights(), strict=True)
+    )
+
+
+def _refusals(trainer: Any, root: Path) -> dict[str, str]:
+    """What is said of checkpoints that do not fit, by what is wrong."""
+    from megatron_rlhfuse.assembly import build_trained_models
+    from megatron_rlhfuse.models.hf_config import read_shape
+    from megatron_rlhfuse.training.checkpoint import TRACKER
+
+    models = trainer.models.by_name()
+    if dist.get_rank() == 0:
+        make_hf_model("qwen3", "language", root / "other-actor")
+        (root / "empty").mkdir()
+        for name, text in (("dangling", "7\n"), ("garbled", "two\n")):
+            (root / name).mkdir()
+            (root / name / TRACKER).write_text(text)
+        torn = root / "torn" / "iter_0000002"
+        torn.mkdir(parents=True)
+        (root / "torn" / TRACKER).write_text("2\n")
+    dist.barrier()
+    other = build_trained_models(
+        changed(
+            trainer.args,
+            actor_model=f"{root}/other-actor",
+            actor_shape=read_shape(root / "other-actor", "language"),
+        )
+    )
+    alone = changed(trainer.args, lr_decay_iters=9)
+    return {
+        "no folder": _refusal(trainer.args, models, root / "nowhere"),
+        "no tracker": _refusal(trainer.args, models, root / "empty"),
+        "dangling tracker": _refusal(trainer.args, models, root / "dangling"),
+        "garbled tracker": _refusal(trainer.args, models, root / "garbled"),
+        "torn": _refusal(trainer.args, models, root / "torn"),
+        "another model": _refusal(trainer.args, other.by_name(), root / "checkpoints"),
+        "another schedule": _refusal(
+            alone, build_trained_models(alone).by_name(), root / "checkpoints"
+        ),
+    }
+
+
+def _refusal(args: Any, models: Any, folder: Path) -> str:
+    from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint
+
+    try:
+        load_checkpoint(changed(args, load=str(folder)), models)
+    except CheckpointError as error:
+        return str(error)
+    return "accepted"
+
+
+def _crash_before_the_tracker(trainer: Any) -> str:
+    """Saves iteration 6 up to the last moment; returns which checkpoint is the latest then."""
+    from megatron_rlhfuse.training import checkpoint
+
+    class Crash(Exception):
+        pass
+
+    def crash(*args: object) -> None:
+        raise Crash
+
+    args, models = trainer.args, trainer.models.by_name()
+    checkpoint.dist = _BarrierThat(checkpoint.dist, crash)  # type: ignore[assignment]
+    try:
+        checkpoint.save_checkpoint(args, 6, models, {"iteration": 6})
+    except Crash:
+        return checkpoint.latest_checkpoint(args.save).name
+    return "no crash"
+
+
+class _BarrierThat:
+    """torch.distributed, but the second barrier of a save does something else."""
+
+    def __init__(self, module: Any, instead: Any) -> None:
+        self._module, self._instead, self._barriers = module, instead, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def barrier(self) -> None:
+        self._barriers += 1
+        if self._barriers == 2:
+            self._instead()
+        self._module.barrier()
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a job left that was killed while it saved."""
+    root = tmp_path_factory.mktemp("job")
+    with pytest.raises(pytest.fail.Exception, match="SIGKILL"):
+        run_on_ranks(run_and_be_killed, RANKS, str(root), timeout=240)
+    return root
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> list[Results]:
+    return [json.loads((folder / f"uninterrupted-{r}.json").read_text()) for r in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path, uninterrupted: list[Results]) -> list[Results]:
+    return run_on_ranks(resume, RANKS, str(folder), timeout=240)
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it(resumed: list[Results]) -> None:
+    for rank in resumed:
+        assert "iter_0000004" in rank["left"] and not rank["half is whole"]
+        assert rank["started from"] == 2
+
+
+@pytest.mark.parametrize("iteration", ["2", "3", "4"])
+def test_resuming_is_exact(
+    uninterrupted: list[Results], resumed: list[Results], iteration: str
+) -> None:
+    for once, twice in zip(uninterrupted, resumed, strict=True):
+        assert twice["digests"][iteration] == once[iteration]
+
+
+def test_the_digests_tell_states_apart(uninterrupted: list[Results]) -> None:
+    for rank in uninterrupted:
+        changing = {name for name in rank["2"] if "random" not in name}
+        assert changing >= {"data", "kl", "steps", "actor optimizer", "critic scheduler"}
+        assert all(rank["2"][name] != rank["3"][name] for name in changing)
+
+
+def test_resuming_is_exact_in_bfloat16(
+    uninterrupted: list[Results], resumed: list[Results]
+) -> None:
+    for once, twice in zip(uninterrupted, resumed, strict=True):
+        assert twice["digests"]["bfloat16"] == once["bfloat16"]
+
+
+def test_the_half_written_checkpoint_is_replaced(resumed: list[Results]) -> None:
+    assert {rank["latest"] for rank in resumed} == {"4\n"}
+
+
+def test_another_layout_goes_on_from_the_same_place(resumed: list[Results]) -> None:
+    for rank in resumed:
+        other = rank["other layout"]
+        assert other["iteration"] == 4
+        assert other["equal"] == {"actor": True, "critic": True}
+        assert other["difference"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("no folder", ["--load", "nowhere", "holds no checkpoint"]),
+        ("no tracker", ["--load", "empty", "holds no checkpoint", "leave the flag out"]),
+        ("dangling tracker", ["dangling", "'7'", "names no checkpoint"]),
+        ("garbled tracker", ["garbled", "'two'", "names no checkpoint"]),
+        ("torn", ["torn/iter_0000002"]),
+        ("another model", ["checkpoints/iter_0000004", "does not fit", "models and flags"]),
+        ("another schedule", ["actor", "checkpoints", "--lr-decay-iters", "--train-iters"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    resumed: list[Results], wrong: str, words: list[str]
+) -> None:
+    for rank in resumed:
+        assert all(word in rank["refusals"][wrong] for word in words), rank["refusals"][wrong]
+
+
+def test_the_tracker_is_written_last(resumed: list[Results]) -> None:
+    assert {rank["crash before the tracker"] for rank in resumed} == {"iter_0000004"}
