@@ -66,6 +66,8 @@ class PromptDataset:
         for path in paths:
             for where, line in _lines(Path(path)):
                 text, token_ids, fields = self._parse(line, where)
+                if not token_ids:
+                    raise ValueError(f"{where}: the tokenizer makes no token of {text[:80]!r}")
                 if len(token_ids) <= max_prompt_tokens:
                     index = len(self._prompts)
                     self._prompts.append(Prompt(index, tuple(token_ids), text, fields))

@@ -15,6 +15,7 @@ Invariants
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import shutil
@@ -58,6 +59,7 @@ def save_checkpoint(
     state = _sharded_state(args, models, is_loading=False, with_random=True)
     state["progress"] = dict(progress)
     state["random_layout"] = _random_layout(models)
+    state["shapes"] = {name: _shape_fields(model) for name, model in models.items()}
     dist_checkpointing.save(state, str(folder), content_metadata=_metadata(args, models))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -91,10 +93,12 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
 
     folder = latest_checkpoint(args.load)
     try:
         stored = dist_checkpointing.load_common_state_dict(str(folder))
+        _check_shapes(stored["shapes"], models, folder)
         with_random = not args.no_load_rng and stored["random_layout"] == _random_layout(models)
         state = _sharded_state(args, models, is_loading=True, with_random=with_random)
         state = dist_checkpointing.load(state, str(folder))
@@ -102,6 +106,9 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
         raise CheckpointError(
             f"{folder} does not fit this job's models and flags: {fault}"
         ) from fault
+    except CheckpointException as fault:  # torch's, of the ranks that could not read
+        cause = next(iter(fault.failures.values()))[0]
+        raise CheckpointError(f"{folder} cannot be read: {cause}") from fault
     for name, model in models.items():
         part = state[name]
         model.module.load_state_dict(part["model"])
@@ -146,6 +153,28 @@ def _metadata(args: argparse.Namespace, models: Mapping[str, TrainedModel]) -> d
 
     group = next(iter(models.values())).groups.pgc.dp_cp
     return _build_sharded_state_dict_metadata(args, dp_cp_group=group)
+
+
+def _shape_fields(model: TrainedModel) -> dict[str, Any]:
+    """The architecture as plain values, without what weights do not depend on."""
+    fields = dataclasses.asdict(model.shape)
+    return {k: v for k, v in fields.items() if k not in ("folder", "stored_head")}
+
+
+def _check_shapes(
+    stored: Mapping[str, Mapping[str, Any]], models: Mapping[str, TrainedModel], folder: Path
+) -> None:
+    for name, model in models.items():
+        if name not in stored:
+            raise CheckpointError(
+                f"{folder} holds no {name}: resume with the --advantage-estimator it was made with"
+            )
+        for field, value in _shape_fields(model).items():
+            if stored[name][field] != value:
+                raise CheckpointError(
+                    f"{folder} is of another {name}: its {field} is {stored[name][field]}, that of "
+                    f"--{name}-model {model.shape.folder} is {value}"
+                )
 
 
 def _random_layout(models: Mapping[str, TrainedModel]) -> list[int]:

@@ -23,9 +23,12 @@ MAX_PROMPT, MAX_NEW = 12, 16
 EOS = 1
 
 
-def make_folders(root: Path) -> None:
-    """Writes ROOT/actor (tied embeddings, biases), ROOT/scalar, ROOT/prompts.jsonl."""
-    make_hf_model("qwen2", "language", root / "actor")
+def make_folders(root: Path, actor: str = "llama") -> None:
+    """Writes ROOT/actor, ROOT/scalar and ROOT/prompts.jsonl; `actor` is one of KINDS.
+
+    Only a llama keeps this tokenizer: of a Qwen folder transformers makes Qwen's own.
+    """
+    make_hf_model(actor, "language", root / "actor")
     make_hf_model("llama", "scalar", root / "scalar")
     _make_tokenizer().save_pretrained(root / "actor")
     lines = [json.dumps({"prompt": f"w{n} w{n + 1} w{n % 7 + 3}"}) for n in range(3, 24)]

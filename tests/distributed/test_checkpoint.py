@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,7 +237,9 @@ def _equal_weights(one: Any, other: Any) -> dict[str, bool]:
             torch.equal(a, b)
             for (_, a), (_, b) in zip(model.hf_weights(), again.hf_weights(), strict=True)
         )
-        for (name, model), again in zip(one.by_name().items(), other.by_name().values(), strict=True)
+        for (name, model), again in zip(
+            one.by_name().items(), other.by_name().values(), strict=True
+        )
     }
 
 
@@ -252,7 +255,7 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
     """What is said of checkpoints that do not fit, by what is wrong."""
     from megatron_rlhfuse.assembly import build_trained_models
     from megatron_rlhfuse.models.hf_config import read_shape
-    from megatron_rlhfuse.training.checkpoint import TRACKER
+    from megatron_rlhfuse.training.checkpoint import TRACKER, save_checkpoint
 
     models = trainer.models.by_name()
     if dist.get_rank() == 0:
@@ -261,9 +264,14 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
         for name, text in (("dangling", "7\n"), ("garbled", "two\n")):
             (root / name).mkdir()
             (root / name / TRACKER).write_text(text)
-        torn = root / "torn" / "iter_0000002"
-        torn.mkdir(parents=True)
+        (root / "torn" / "iter_0000002").mkdir(parents=True)
         (root / "torn" / TRACKER).write_text("2\n")
+        shutil.copytree(root / "checkpoints", root / "truncated")
+        for data in (root / "truncated" / "iter_0000004").glob("*.distcp"):
+            os.truncate(data, 100)
+    save_checkpoint(
+        changed(trainer.args, save=f"{root}/without-critic"), 1, {"actor": models["actor"]}, {}
+    )
     dist.barrier()
     other = build_trained_models(
         changed(
@@ -278,6 +286,8 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
         "no tracker": _refusal(trainer.args, models, root / "empty"),
         "dangling tracker": _refusal(trainer.args, models, root / "dangling"),
         "garbled tracker": _refusal(trainer.args, models, root / "garbled"),
+        "truncated": _refusal(trainer.args, models, root / "truncated"),
+        "no critic": _refusal(trainer.args, models, root / "without-critic"),
         "torn": _refusal(trainer.args, models, root / "torn"),
         "another model": _refusal(trainer.args, other.by_name(), root / "checkpoints"),
         "another schedule": _refusal(
@@ -401,13 +411,16 @@ def test_another_layout_goes_on_from_the_same_place(resumed: list[Results]) -> N
         ("dangling tracker", ["dangling", "'7'", "names no checkpoint"]),
         ("garbled tracker", ["garbled", "'two'", "names no checkpoint"]),
         ("torn", ["torn/iter_0000002"]),
-        ("another model", ["checkpoints/iter_0000004", "does not fit", "models and flags"]),
+        ("truncated", ["truncated/iter_0000004", "cannot be read"]),
+        (
+            "another model",
+            ["checkpoints/iter_0000004", "another actor", "--actor-model", "head_dim"],
+        ),
+        ("no critic", ["without-critic/iter_0000001", "holds no critic", "--advantage-estimator"]),
         ("another schedule", ["actor", "checkpoints", "--lr-decay-iters", "--train-iters"]),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    resumed: list[Results], wrong: str, words: list[str]
-) -> None:
+def test_what_does_not_fit_is_refused(resumed: list[Results], wrong: str, words: list[str]) -> None:
     for rank in resumed:
         assert all(word in rank["refusals"][wrong] for word in words), rank["refusals"][wrong]
 

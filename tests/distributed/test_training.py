@@ -81,7 +81,7 @@ Results = dict[str, Any]
 def check_training(folder: str) -> Results:
     root = Path(folder)
     if dist.get_rank() == 0:
-        make_folders(root)
+        make_folders(root, actor="qwen2")  # tied embeddings, biases
     dist.barrier()
     args = parse_job(root, *FLAGS.split())
     seed_megatron()

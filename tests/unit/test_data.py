@@ -48,6 +48,15 @@ def load(tmp_path: Path, *lines: object, tokenizer: Any = None, **options: Any) 
     return PromptDataset([path], tokenizer or make_tokenizer(), **options)
 
 
+def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
+    # As happens with a tokenizer whose vocabulary holds nothing of the text.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    )
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:2: the tokenizer makes no token of 'b'"):
+        load(tmp_path, {"prompt": "a"}, {"prompt": "b"}, tokenizer=tokenizer)
+
+
 def test_a_plain_prompt_keeps_its_text_tokens_and_other_fields(tmp_path: Path) -> None:
     data = load(tmp_path, {"prompt": "häh?", "answer": 4, "tags": ["a"]}, "", {"prompt": "b"})
     assert [prompt.index for prompt in (data[0], data[1])] == [0, 1]

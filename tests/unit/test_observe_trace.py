@@ -182,20 +182,6 @@ def test_tracer_that_is_off_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("enabled", "limit_us"), [(True, 10.0), (False, 2.0)])
-def test_span_is_cheap(tmp_path: Path, enabled: bool, limit_us: float) -> None:
-    """Limits are several times what was measured, and it takes one quiet moment to meet them."""
-    tracer, count = Tracer(tmp_path, rank=0, enabled=enabled), 2000
-    costs = []
-    for _ in range(10):
-        start = time.perf_counter()
-        for _ in range(count):
-            with tracer.span("forward", "actor_training", micro_batch=3):
-                pass
-        costs.append((time.perf_counter() - start) / count * 1e6)
-    assert min(costs) < limit_us
-
-
 INTERVALS = st.lists(
     st.tuples(st.integers(0, 40_000), st.integers(0, 20_000)).map(lambda x: (x[0], x[0] + x[1])),
     max_size=30,
