@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,29 @@ def make_scored(sample: Sample, log_probs: Tensor, seed: int) -> ScoredSample:
         values=noise[2],
         score=random.Random(-1 - seed).gauss(0, 1),
     )
+
+
+def digest_of(value: Any) -> str:
+    """Equal for values that are equal bit for bit, tensors and arrays inside them included."""
+    found = hashlib.sha256()
+    for piece in _pieces(value):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        flat = value.detach().contiguous().reshape(-1)
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield str(key).encode()
+            yield from _pieces(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _pieces(item)
+    elif hasattr(value, "tobytes"):
+        yield value.tobytes()
+    else:
+        yield repr(value).encode()
