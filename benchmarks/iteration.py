@@ -1,6 +1,6 @@
 """Times whole PPO iterations on the toy models: two ranks, PP 2, two vLLM engines.
 
-    python benchmarks/iteration.py [--iterations N] [--warmup N] [--fusion none]
+    python benchmarks/iteration.py [--iterations N] [--warmup N] [--fusion none] [--run-dir DIR]
 
 Progress goes to standard error. The last line of standard output is JSON with medians over the
 iterations after the warm-up, and `peak_rss_mb`, the peak resident memory of the largest process:
@@ -36,21 +36,23 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=1, help="iterations to run before those")
     parser.add_argument("--fusion", choices=["none"], default="none", help="--rlhfuse-fusion")
     parser.add_argument("--toy", type=Path, default=ROOT / "build" / "toy", help="toy models")
+    parser.add_argument("--run-dir", type=Path, help="keep the run's folder here")
     options = parser.parse_args()
     if options.iterations < 1 or options.warmup < 0:
         parser.error("--iterations must be at least 1 and --warmup at least 0")
     if not (options.toy / "actor").is_dir():
         parser.error(f"--toy {options.toy}: no toy models there; run `make toy`")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.run_dir or Path(scratch)
         run = subprocess.run(
-            _command(options, Path(folder)),
+            _command(options, folder.resolve()),
             cwd=ROOT,
             env={"OMP_NUM_THREADS": "1", **os.environ},
             stdout=sys.stderr,
         )
         if run.returncode:
             return run.returncode
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
     measured = [json.loads(line) for line in lines][options.warmup :]
     result: dict[str, object] = {"fusion": options.fusion, "iterations": len(measured)}
     for name in MEDIANS:

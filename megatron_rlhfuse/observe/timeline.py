@@ -56,6 +56,8 @@ def last_iteration(events: Sequence[Event]) -> Timeline | None:
     `trace.json`; None if no span has category "iteration", or none other lies within it.
 
     "Most ranks": a killed run may have written an iteration of one rank and not of the others.
+    Of these, one that saved a checkpoint comes behind those that did not: its stages would be
+    thin lines beside the saving.
     """
     spans = [event for event in events if event["ph"] == "X"]
     marks: dict[int, dict[int, tuple[float, float]]] = defaultdict(dict)
@@ -64,10 +66,14 @@ def last_iteration(events: Sequence[Event]) -> Timeline | None:
             marks[span["args"]["iteration"]][span["pid"]] = (span["ts"], _end(span))
     if not marks:
         return None
-    iteration = max(
-        marks,
-        key=lambda number: (len(marks[number]), max(end for _, end in marks[number].values())),
-    )
+    saving = [(span["ts"], _end(span)) for span in spans if span["cat"] == "checkpoint"]
+
+    def rank_of(number: int) -> tuple[int, bool, float]:
+        ranks = marks[number].values()
+        saved = any(s < end and e > start for start, end in ranks for s, e in saving)
+        return len(ranks), not saved, max(end for _, end in ranks)
+
+    iteration = max(marks, key=rank_of)
     start = min(start for start, _ in marks[iteration].values())
     end = max(end for _, end in marks[iteration].values())
     inside = [

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rollout.samples import Sample
 from tests.distributed.job_helpers import changed, make_folders, make_sample, parse_job
 from tests.distributed.model_helpers import seed_megatron
 
 SAMPLES = 11  # no multiple of instances, stages or micro-batches
 TEMPERATURE = 0.7
+WORDS = 90  # tokens from here on decode to nothing
 FLAGS = f"""
     --pipeline-model-parallel-size 2 --critic-pipeline-model-parallel-size 1
     --rollout-batch-size {SAMPLES + 1} --global-batch-size 4 --micro-batch-size 2 --train-iters 2
@@ -34,91 +36,92 @@ def check_inference(folder: str) -> Results:
     root = Path(folder)
     if dist.get_rank() == 0:
         make_folders(root)
-        _Reference(root).score(_samples(1), root / "expected.pt")
     dist.barrier()
     args = parse_job(root, *FLAGS.split())
     seed_megatron()
-    # Training is PP 2 for the actor and DP 2 for the critic.
+    # The actor is trained in two stages, the critic in two replicas: the one or the other, or
+    # both, are scored with copies.
     layouts = {"two instances": (1, 1), "one pipeline": (1, 2), "one with TP": (2, 1)}
-    results: Results = {}
-    for name, (tensor, pipeline) in layouts.items():
-        job = _Job(
-            changed(
-                args,
-                rlhfuse_inference_tensor_parallel_size=tensor,
-                rlhfuse_inference_pipeline_parallel_size=pipeline,
-            )
-        )
-        results[name] = job.check(root)
-    return results
-
-
-def _samples(iteration: int) -> list[Sample]:
-    return [make_sample(i, 100 * iteration + i) for i in range(SAMPLES)]
-
-
-def _prompts(samples: list[Sample]) -> list[Any]:
-    from megatron_rlhfuse.data import Prompt
-
-    words = [" ".join(f"w{token}" for token in s.prompt) for s in samples]
-    return [
-        Prompt(i, s.prompt, text, {"bonus": float(i)})
-        for i, (s, text) in enumerate(zip(samples, words, strict=True))
-    ]
+    return {
+        name: _Job(args, tensor, pipeline).check() for name, (tensor, pipeline) in layouts.items()
+    }
 
 
 class _Job:
-    """Trained models and the inference instances of one layout."""
+    """Trained models, and inference instances in a layout of their own."""
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, tensor: int, pipeline: int) -> None:
         from transformers import AutoTokenizer
 
-        from megatron_rlhfuse.assembly import Inference, build_trained_models
+        from megatron_rlhfuse.assembly import build_trained_models
         from megatron_rlhfuse.inference.queue import SampleQueue
+
+        self.args = changed(
+            args,
+            rlhfuse_inference_tensor_parallel_size=tensor,
+            rlhfuse_inference_pipeline_parallel_size=pipeline,
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
+        self.models = build_trained_models(self.args)
+        self.queue = SampleQueue.connect(60)
+        self.instances = dist.get_world_size() // (tensor * pipeline)
+        self.iteration = 0
+        self.samples = [make_sample(i, 100 + i) for i in range(SAMPLES)]
+        self.prompts = _prompts(self.samples)
+
+    def check(self) -> Results:
+        inference = self._build_inference(micro_batch_size=1)
+        in_order = list(range(SAMPLES))
+        scored = self._score(inference, in_order)
+        ways = [self._score(inference, [7, 0, 10, 3, 1, 9, 2, 8, 4, 6, 5])]
+        if self.instances > 1:
+            ways += [self._score(inference, in_order, instance) for instance in (0, 1)]
+        together = self._score(self._build_inference(micro_batch_size=3), in_order)
+        reference = _Reference(self.args)
+        results: Results = {
+            "ways": [all(_equal(a, b) for a, b in zip(scored, w, strict=True)) for w in ways],
+            "together": _largest(scored, together),
+            "errors": _largest(scored, reference.score(self.samples)),
+            "sums": [item.score - reference.rewards[i] for i, item in enumerate(scored)],
+            "wanted sums": [
+                count_words(p.text, " ".join("w" for t in s.response if t < WORDS), dict(p.fields))
+                for s, p in zip(self.samples, self.prompts, strict=True)
+            ],
+        }
+        self._train(scored)
+        inference.refresh()
+        fresh = self._score(inference, in_order)
+        reference.take_weights(self.models)
+        return results | {
+            "change": _largest(scored, fresh),
+            "errors after training": _largest(fresh, reference.score(self.samples)),
+            "in training mode": [m.model.training for m in self.models.by_name().values()],
+        }
+
+    def _build_inference(self, micro_batch_size: int) -> Any:
+        from megatron_rlhfuse.assembly import Inference
         from megatron_rlhfuse.observe.trace import Tracer
 
-        self.args = args
-        self.tracer = Tracer("unused", 0, enabled=False)
-        self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
-        self.models = build_trained_models(args)
-        self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
-        self.inference.refresh()
-        self.queue = SampleQueue.connect(60)
-        self.iteration = 0
+        args = changed(self.args, rlhfuse_inference_micro_batch_size=micro_batch_size)
+        tracer = Tracer("unused", 0, enabled=False)
+        inference = Inference(args, self.models, self.tokenizer, tracer)
+        inference.refresh()
+        return inference
 
-    def check(self, root: Path) -> Results:
-        samples = _samples(1)
-        scored = self.score(samples, list(range(SAMPLES)))
-        shuffled = self.score(samples, [7, 0, 10, 3, 1, 9, 2, 8, 4, 6, 5])
-        results: Results = {"bitwise": _equal(scored, shuffled)}
-        results["together"] = _difference(scored, self._in_one_micro_batch(samples))
-        if dist.get_rank() == 0:
-            results["errors"] = _errors(scored, torch.load(root / "expected.pt"), samples)
-        before = self._trained()
-        self._train(scored)
-        trained = self._trained()
-        results["moved"] = max(float((trained[n] - before[n]).abs().max()) for n in trained)
-        results["stale"] = _equal(scored, self.score(samples, list(range(SAMPLES))))
-        self.inference.refresh()
-        results["copies"] = self._copies_equal(trained)
-        fresh = self.score(samples, list(range(SAMPLES)))
-        results["fresh"] = _equal(fresh, self._scored_by_a_new_job(trained, samples))
-        results["changed"] = not _equal(scored, fresh)
-        results["modes"] = [m.model.training for m in self.models.by_name().values()]
-        return results
+    def _score(self, inference: Any, order: list[int], only: int | None = None) -> list[Any]:
+        """All samples, put into the queue in this order; `only` one instance may take them.
 
-    def score(self, samples: list[Sample], order: list[int]) -> list[Any]:
-        """All samples through the queue; every rank gets the results, by sample id."""
+        Every rank gets the results, by sample id.
+        """
         from megatron_rlhfuse.inference.broadcast import broadcast_messages
         from megatron_rlhfuse.inference.scored import ScoredSample
 
         self.iteration += 1
         if dist.get_rank() == 0:
             for sample_id in order:
-                self.queue.push_finished(self.iteration, samples[sample_id])
-        self.inference.instance.score_all(
-            self.queue, self.iteration, SAMPLES, _prompts(samples)
-        )
+                self.queue.push_finished(self.iteration, self.samples[sample_id])
+        if only is None or only == dist.get_rank():
+            inference.instance.score_all(self.queue, self.iteration, SAMPLES, self.prompts)
         collected = None
         if dist.get_rank() == 0:
             collected = self.queue.collect(self.iteration, SAMPLES)
@@ -126,3 +129,84 @@ class _Job:
         dist.barrier()
         scored = [ScoredSample.from_bytes(message) for message in messages]
         return sorted(scored, key=lambda item: item.sample.sample_id)
+
+    def _train(self, scored: list[Any]) -> None:
+        from megatron_rlhfuse.observe.trace import Tracer
+        from megatron_rlhfuse.training.experience import build_experience
+        from megatron_rlhfuse.training.ppo import PPO, advantage_options
+
+        experience = build_experience(scored[:8], advantage_options(self.args), 0.1, pad_token=0)
+        PPO(self.args, self.models, Tracer("unused", 0, enabled=False)).update(1, experience, 0.1)
+
+
+def _prompts(samples: list[Sample]) -> list[Any]:
+    from megatron_rlhfuse.data import Prompt
+
+    return [
+        Prompt(i, sample.prompt, " ".join("w" for _ in sample.prompt), {"bonus": i / 8})
+        for i, sample in enumerate(samples)
+    ]
+
+
+class _Reference:
+    """The four models in transformers, one unpadded sample at a time."""
+
+    def __init__(self, args: Namespace) -> None:
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        load, classify = AutoModelForCausalLM, AutoModelForSequenceClassification
+        self.actor = load.from_pretrained(args.actor_model)
+        self.reference = load.from_pretrained(args.reference_model)
+        self.critic = classify.from_pretrained(args.critic_model)
+        self.reward = classify.from_pretrained(args.reward_model)
+        self.rewards: list[float] = []
+
+    def take_weights(self, models: Any) -> None:
+        """COLLECTIVE. Actor and critic become what was trained."""
+        for name, model in models.by_name().items():
+            getattr(self, name).load_state_dict(dict(model.hf_weights()))
+
+    @torch.no_grad()
+    def score(self, samples: list[Sample]) -> list[ScoredSample]:
+        results = []
+        self.rewards = []
+        for sample in samples:
+            tokens = torch.tensor([[*sample.prompt, *sample.response]])
+            # What predicts the first response token, up to what predicts the last one.
+            read = slice(len(sample.prompt) - 1, -1)
+            response = torch.tensor(sample.response).unsqueeze(1)
+            log_probs, reference = (
+                (model(tokens).logits[0, read] / TEMPERATURE)
+                .log_softmax(-1)
+                .gather(1, response)
+                .squeeze(1)
+                for model in (self.actor, self.reference)
+            )
+            hidden = self.critic.model(tokens).last_hidden_state
+            values = self.critic.score(hidden)[0, read, 0]
+            reward = float(self.reward(tokens).logits)
+            self.rewards.append(reward)
+            results.append(ScoredSample(sample, log_probs, reference, values, reward))
+        return results
+
+
+def _tensors(item: ScoredSample) -> dict[str, Tensor]:
+    assert item.reference_log_probs is not None and item.values is not None
+    return {
+        "log_probs": item.log_probs,
+        "reference_log_probs": item.reference_log_probs,
+        "values": item.values,
+    }
+
+
+def _equal(a: ScoredSample, b: ScoredSample) -> bool:
+    same = all(torch.equal(x, _tensors(b)[name]) for name, x in _tensors(a).items())
+    return same and a.score == b.score and a.sample == b.sample
+
+
+def _largest(one: list[ScoredSample], other: list[ScoredSample]) -> dict[str, float]:
+    """The largest difference of any sample's tensors, by name."""
+    pairs = [(_tensors(a), _tensors(b)) for a, b in zip(one, other, strict=True)]
+    return {
+        name: max(float((a[name] - b[name]).abs().max()) for a, b in pairs) for name in pairs[0][0]
+    }

@@ -269,6 +269,18 @@ def test_iteration_that_a_resumed_run_did_again_is_the_one_drawn(tmp_path: Path)
     assert (timeline.iteration, round(timeline.seconds)) == (2, 13)
 
 
+def test_iteration_that_saved_is_not_drawn_where_another_can_be(tmp_path: Path) -> None:
+    tracer = Tracer(tmp_path, 0)
+    for iteration in (1, 2):
+        start = 1.7e9 + 100 * iteration
+        tracer.add("training", start, start + 2, "main", "training")
+        tracer.add("iteration", start, start + 9, "main", "iteration", iteration=iteration)
+    tracer.add("checkpoint", start + 3, start + 8, "main", "checkpoint")
+    tracer.flush()
+    timeline = last_iteration(json.loads(merge(tmp_path).read_text())["traceEvents"])
+    assert timeline is not None and timeline.iteration == 1
+
+
 @pytest.mark.parametrize(
     ("file", "content", "culprit"),
     [
