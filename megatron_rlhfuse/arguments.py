@@ -13,9 +13,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_rlhfuse import compat, platform, terminal
-from megatron_rlhfuse.validation import FlagError, check_flags, complete_flags
+from megatron_rlhfuse.flag_error import FlagError
+from megatron_rlhfuse.flag_rules import check_flags
+from megatron_rlhfuse.validation import complete_flags
 
 PROGRAM = "pretrain_rlhf.py"
 
@@ -23,7 +26,7 @@ PROGRAM = "pretrain_rlhf.py"
 def parse_arguments() -> argparse.Namespace:
     """Parses `sys.argv`, refuses bad combinations, and sets Megatron's global arguments.
 
-    Exit status 2 and one line on standard error, from rank 0 only, where a flag is wrong.
+    Exit status 2 and one line on standard error where a flag is wrong.
     Megatron's own listing of its 900 arguments goes to the run's log, not to the terminal.
     """
     terminal.hold_back()
@@ -53,10 +56,14 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def refuse(message: str) -> None:
-    """Ends the process with status 2; one line, from rank 0 only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
+def refuse(message: str) -> NoReturn:
+    """Ends the process with status 2; one line, from one rank of each node.
+
+    A folder or file may be missing on one node alone.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        line = " ".join(message.split())
+        print(f"{PROGRAM}: error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -70,9 +77,11 @@ def _raised_at(fault: BaseException) -> str:
 
 def add_rlhfuse_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds every group; Megatron's `extra_args_provider`."""
+    # argparse would print all 900 flags before it says which one is wrong.
+    parser.error = refuse  # type: ignore[method-assign]
     for add in (_add_run, _add_models, _add_rollout, _add_critic, _add_ppo):
         add(parser)
-    forced = platform.default_flags()
+    needed = compat.default_flags() | platform.default_flags()
     parser.set_defaults(
         # Megatron refuses to parse without them; the real values come from --actor-model.
         tokenizer_type="NullTokenizer",
@@ -80,7 +89,7 @@ def add_rlhfuse_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         attention_dropout=0.0,
         hidden_dropout=0.0,
         rerun_mode="disabled",
-        **forced,
+        **needed,
     )
     return parser
 

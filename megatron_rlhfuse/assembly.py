@@ -9,6 +9,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from datetime import timedelta
 
 from megatron_rlhfuse import terminal
 from megatron_rlhfuse.data import Prompt
@@ -27,6 +28,10 @@ from megatron_rlhfuse.training.trained_model import (
     TrainedModels,
     critic_arguments,
 )
+
+# What fills rows up. Causal attention keeps it from having any effect, so any token will do that
+# every model has; a tokenizer's own may lie outside the model's vocabulary.
+PAD_TOKEN = 0
 
 
 def start_megatron() -> None:
@@ -52,6 +57,7 @@ def build_trained_models(args: argparse.Namespace) -> TrainedModels:
         args.actor_model,
         "language",
         _groups(
+            args,
             Layout.contiguous(
                 args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
             ),
@@ -71,7 +77,7 @@ def build_trained_models(args: argparse.Namespace) -> TrainedModels:
         args.critic_shape,
         args.critic_model,
         "scalar",
-        _groups(Layout.contiguous(args.world_size, tensor, pipeline), "critic"),
+        _groups(args, Layout.contiguous(args.world_size, tensor, pipeline), "critic"),
         steps,
     )
     return TrainedModels(actor, critic)
@@ -89,7 +95,7 @@ class Inference:
             args.rlhfuse_inference_tensor_parallel_size,
             args.rlhfuse_inference_pipeline_parallel_size,
         )
-        self._groups = _groups(layout, "inference")
+        self._groups = _groups(args, layout, "inference")
         self._copies: list[tuple[TrainedModel, PipelinedModel]] = []
         models = InferenceModels(
             actor=self._shared(trained.actor, "language"),
@@ -97,6 +103,7 @@ class Inference:
             critic=self._shared(trained.critic, "scalar") if trained.critic else None,
             reward=self._frozen(args.reward_shape, args.reward_model, "scalar"),
         )
+        models.to_host()
         head = PolicyHead(
             args.actor_shape.vocab_size, args.rollout_temperature, self._groups.pgc.tp
         )
@@ -105,7 +112,7 @@ class Inference:
             self._groups,
             head,
             _text_score(args, tokenizer),
-            pad_token=pad_token(tokenizer),
+            pad_token=PAD_TOKEN,
             micro_batch_size=args.rlhfuse_inference_micro_batch_size,
             tracer=tracer,
         )
@@ -138,14 +145,9 @@ class Inference:
         return PipelinedModel(model, self._groups)
 
 
-def pad_token(tokenizer: object) -> int:
-    """A token to fill rows with; causal attention keeps it from having any effect."""
-    token = getattr(tokenizer, "pad_token_id", None)
-    return 0 if token is None else int(token)
-
-
-def _groups(layout: Layout, name: str) -> ModelGroups:
-    groups = build_process_groups(layout, name)
+def _groups(args: argparse.Namespace, layout: Layout, name: str) -> ModelGroups:
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    groups = build_process_groups(layout, name, timeout)
     assert groups is not None, "every rank holds a part of every model"
     return groups
 

@@ -6,7 +6,9 @@ idempotent and is called once per process, after `platform.prepare()`.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 
 def apply() -> None:
@@ -21,6 +23,25 @@ def _skip_missing_dataset_makefile() -> None:
 
     if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
         dataset_utils.compile_helpers = lambda: None
+
+
+def default_flags() -> dict[str, Any]:
+    """Megatron flags (by attribute name) without which it would call a package that is absent."""
+    flags: dict[str, Any] = {}
+    if not has_transformer_engine():
+        flags |= {"transformer_impl": "local", "apply_rope_fusion": False}
+    if importlib.util.find_spec("apex") is None:
+        flags |= {
+            "no_persist_layer_norm": True,
+            "masked_softmax_fusion": False,
+            "gradient_accumulation_fusion": False,
+        }
+    return flags
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron can build its layers from Transformer Engine."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def has_fused_optimizer() -> bool:

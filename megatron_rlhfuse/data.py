@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,14 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the prompts and their order: what a resumed run must agree on."""
+        digest = hashlib.sha256()
+        for prompt in self._prompts:
+            digest.update(json.dumps(prompt.token_ids).encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Prompt:
         return self._prompts[index]

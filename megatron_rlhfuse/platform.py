@@ -49,9 +49,6 @@ def default_flags() -> dict[str, Any]:
     return {
         "distributed_backend": "gloo",
         "use_cpu_initialization": True,
-        "transformer_impl": "local",
-        "apply_rope_fusion": False,
-        "no_persist_layer_norm": True,
         "masked_softmax_fusion": False,
         "bias_swiglu_fusion": False,
         "bias_gelu_fusion": False,
@@ -89,6 +86,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def release_memory() -> None:
+    """Gives cached GPU memory back, so that an engine on the same GPU can take it."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+
+
 def set_up_rank(local_rank: int) -> None:
     """Binds this process to its GPU; on CPU keeps one thread per rank (cores are shared)."""
     if has_cuda():
@@ -100,9 +103,10 @@ def set_up_rank(local_rank: int) -> None:
 def prepare() -> None:
     """Makes stock Megatron run on this machine. Call once, before any model is built."""
     global _redirect
+    # What Megatron insists on where it overlaps tensor-parallel communication with compute.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda() or _redirect is not None:
         return
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's own precondition
     # No compiler is promised on a CPU machine; the fallback eager code is the same arithmetic.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # dynamo keeps a table of torch.cuda's functions: build it before they are replaced, or it

@@ -31,6 +31,8 @@ class RunRecord:
         self._args = args
         self._folder = Path(args.rlhfuse_run_dir)
         self._is_writer = args.rank == 0
+        if not args.load:
+            trace.discard(self._folder, args.rank, args.world_size)
         self.tracer = trace.Tracer(self._folder, args.rank, enabled=args.rlhfuse_trace)
         self.progress = Progress(args.train_iters, shown=False)
         self._writer: MetricsWriter | None = None
@@ -75,6 +77,7 @@ class RunRecord:
             "kl_coefficient": kl_coefficient,
             **_sample_values(scored),
             **_experience_values(experience),
+            "stopped_early": int(updates.stopped_early),
             **_policy_values(updates.actor),
             **_critic_values(updates.critic),
         }
@@ -173,6 +176,7 @@ def _experience_values(experience: Experience) -> dict[str, Value]:
         "advantages_std": float(advantages.std(correction=0)),
         "logprob_difference_mean": mismatch.mean_abs,
         "logprob_difference_max": mismatch.max_abs,
+        "logprob_difference_kl": mismatch.kl,
     }
     if experience.reference_log_probs is not None:
         kl = kl_estimate("k1", experience.old_log_probs, experience.reference_log_probs, mask)
@@ -196,6 +200,9 @@ def _policy_values(steps: Sequence[StepResult]) -> dict[str, Value]:
         "clip_fraction": "clip_fraction",
         "approx_kl": "approx_kl",
         "ratio": "ratio_mean",
+        "kl_loss": "kl_loss",
+        "dual_clip_fraction": "dual_clip_fraction",
+        "tis_weight": "tis_weight_mean",
         "tis_truncated_fraction": "tis_truncated_fraction",
     }
     return {

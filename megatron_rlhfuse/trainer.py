@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.arguments import refuse
 from megatron_rlhfuse.assembly import (
+    PAD_TOKEN,
     Inference,
     build_trained_models,
-    pad_token,
     start_megatron,
 )
 from megatron_rlhfuse.data import Prompt, PromptDataset, PromptSampler
@@ -68,8 +68,8 @@ class Trainer:
         platform.set_up_rank(args.local_rank)
         self.generation.start()  # engines take longest: they load while the models are built
         self._load_prompts()
-        start_megatron()
         self.generation.make_room()
+        start_megatron()
         dist.barrier()
         self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout)
         self.models = build_trained_models(args)
@@ -94,7 +94,10 @@ class Trainer:
         from transformers import AutoTokenizer
 
         args = self.args
-        self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
+        except (ValueError, OSError) as fault:
+            refuse(f"--actor-model {args.actor_model}: its tokenizer cannot be loaded: {fault}")
         try:
             self.dataset = PromptDataset(
                 args.prompt_data,
@@ -104,6 +107,13 @@ class Trainer:
             )
         except (ValueError, OSError) as fault:
             refuse(str(fault))
+        prompts = (self.dataset[index] for index in range(len(self.dataset)))
+        largest = max(max(prompt.token_ids) for prompt in prompts)
+        if largest >= args.actor_shape.vocab_size:
+            refuse(
+                f"--actor-model {args.actor_model}: its tokenizer makes token {largest} of "
+                f"--prompt-data, its model has {args.actor_shape.vocab_size}"
+            )
         self.sampler = PromptSampler(
             len(self.dataset),
             args.rollout_batch_size // args.rollout_samples_per_prompt,
@@ -145,7 +155,7 @@ class Trainer:
         with self._stage("training"):
             coefficient = self.kl_controller.value
             experience = build_experience(
-                scored, advantage_options(self.args), coefficient, pad_token(self.tokenizer)
+                scored, advantage_options(self.args), coefficient, PAD_TOKEN
             )
             updates = self.ppo.update(iteration, experience, coefficient)
             self.run.describe(scored, experience, updates, coefficient, self.ppo.optimizer_steps)
@@ -189,6 +199,7 @@ class Trainer:
         return {
             "iteration": iteration,
             "data": self.sampler.state_dict(),
+            "prompts": self.dataset.digest,
             "kl": self.kl_controller.state_dict(),
             "optimizer_steps": self.ppo.optimizer_steps,
         }
@@ -196,6 +207,11 @@ class Trainer:
     def _resume(self) -> None:
         try:
             progress = load_checkpoint(self.args, self.models.by_name())
+            if progress["prompts"] != self.dataset.digest:
+                raise CheckpointError(
+                    f"--load {self.args.load} was made with other prompts than --prompt-data "
+                    "gives now: resume with the same files and --rollout-max-prompt-tokens"
+                )
             self.sampler.load_state_dict(progress["data"])
             self.kl_controller.load_state_dict(progress["kl"])
         except (CheckpointError, ValueError) as fault:

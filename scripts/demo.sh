@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+python=${VENV:-.venv}/bin/python
 toy=build/toy
 run=${RUN_DIR:-runs/demo}
 iterations=${ITERATIONS:-16}
@@ -11,8 +12,8 @@ iterations=${ITERATIONS:-16}
 # A demo starts afresh; a run's own folder is all that it removes.
 rm -rf -- "$run"
 
-OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 --log-dir "$run/torchrun" \
-  pretrain_rlhf.py \
+OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --nproc-per-node 2 \
+  --log-dir "$run/torchrun" pretrain_rlhf.py \
   --actor-model "$toy/actor" --reward-model "$toy/reward" --prompt-data "$toy/prompts.jsonl" \
   --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 \
   --rollout-instances 2 --rollout-max-prompt-tokens 64 --rollout-max-new-tokens 160 \
@@ -22,4 +23,4 @@ OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 --log-dir "$run/torchrun
   --save "$run/checkpoints" --save-interval 8 --save-hf "$run/models" \
   --rlhfuse-run-dir "$run"
 
-.venv/bin/rlhfuse report "$run"
+"$python" -m megatron_rlhfuse report "$run"

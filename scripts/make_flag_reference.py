@@ -14,10 +14,16 @@ from pathlib import Path
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 HEADER = """# Flags of pretrain_rlhf.py
 
-Made by `python scripts/make_flag_reference.py`. All flags of Megatron-LM work besides, except
-those that are refused with a message; `--train-iters` counts PPO iterations, `--global-batch-size`
+Made by `python scripts/make_flag_reference.py`.
+
+`--train-iters` counts PPO iterations, `--global-batch-size`
 is the PPO mini-batch (one optimizer step), and learning-rate flags count PPO iterations. The
 architecture of each model comes from its folder.
+
+Megatron's flags for parallelism, precision, recomputation, optimizer, learning rate, DDP,
+checkpoints and W&B work as they do in Megatron-LM. Those that would do harm or be ignored are
+refused with a message (`megatron_rlhfuse/unsupported_flags.py` lists them); Megatron's own logging
+and evaluation flags (`--log-*`, `--eval-*`) have no effect.
 """
 
 
@@ -30,7 +36,7 @@ def reference() -> str:
     add_rlhfuse_arguments(parser)
     parts = [HEADER]
     for group in parser._action_groups[own:]:
-        parts.append(f"\n## {group.title}\n\n{(group.description or '').capitalize()}.\n")
+        parts.append(f"\n## {group.title}\n\n{_sentence(group.description or '')}\n")
         parts.append("\n| flag | default | meaning |\n| --- | --- | --- |\n")
         for action in group._group_actions:
             flag = f"`{' / '.join(action.option_strings)}`"
@@ -39,6 +45,10 @@ def reference() -> str:
             default = "" if action.default in (None, []) else f"`{action.default}`"
             parts.append(f"| {flag} | {default} | {action.help} |\n")
     return "".join(parts)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def main() -> int:

@@ -40,6 +40,13 @@ class InferenceModels:
     critic: PipelinedModel | None
     reward: PipelinedModel | None
 
+    def to_host(self) -> None:
+        """Moves the frozen models to host memory."""
+        for model in (self.reference, self.reward):
+            if model is not None:
+                model.model.to("cpu")
+        platform.release_memory()
+
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Brings the frozen models in from host memory for the duration of a stage."""
@@ -49,8 +56,7 @@ class InferenceModels:
         try:
             yield
         finally:
-            for model in frozen:
-                model.model.to("cpu")
+            self.to_host()
 
 
 class InferenceInstance:

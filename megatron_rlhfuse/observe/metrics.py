@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "policy_loss": Metric("policy", "", "clipped policy loss"),
     "entropy": Metric("policy", "nats/token", "entropy of the policy, mean over response tokens"),
     "clip_fraction": Metric("policy", "", "share of tokens whose probability ratio was clipped"),
+    "dual_clip_fraction": Metric("policy", "", "share of tokens bounded by the dual clip"),
+    "kl_loss": Metric("policy", "nats/token", "KL term of the loss, before its coefficient"),
+    "stopped_early": Metric("policy", "", "1 where --ppo-early-stop-kl ended the actor's updates"),
     "approx_kl": Metric("policy", "nats/token", "KL of the updated policy to the sampling policy"),
     "ratio_mean": Metric("policy", "", "mean probability ratio of updated to sampling policy"),
     "advantages_mean": Metric("policy", "", "mean advantage over response tokens"),
@@ -77,6 +80,10 @@ METRICS: dict[str, Metric] = {
     "tis_truncated_fraction": Metric(
         "mismatch", "", "share of tokens whose importance weight was truncated"
     ),
+    "logprob_difference_kl": Metric(
+        "mismatch", "nats/token", "KL of rollout to training policy (k3 estimate)"
+    ),
+    "tis_weight_mean": Metric("mismatch", "", "mean truncated importance weight"),
     "actor_grad_norm": Metric("optimizer", "", "gradient norm of the actor before clipping"),
     "critic_grad_norm": Metric("optimizer", "", "gradient norm of the critic before clipping"),
     "actor_lr": Metric("optimizer", "", "learning rate of the actor"),
@@ -214,8 +221,8 @@ def _open_tensorboard(directory: Path, resume_from: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            f"--tensorboard-dir asks for TensorBoard, which cannot be imported ({error}): "
-            "`pip install tensorboard`, or leave --tensorboard-dir out"
+            f"every run writes TensorBoard files, and TensorBoard cannot be imported ({error}): "
+            "`pip install tensorboard`"
         ) from error
     # purge_step hides what an earlier run wrote after the checkpoint that this one resumes from.
     return SummaryWriter(str(directory / "tensorboard"), purge_step=resume_from + 1)

@@ -177,6 +177,18 @@ def merge(directory: Path | str, out: str = FILE_NAME) -> Path:
     return path
 
 
+def discard(directory: Path, rank: int, world_size: int) -> None:
+    """Removes what an earlier run left of this rank in the folder of a run that starts afresh.
+
+    Rank 0 also removes the merged trace and the parts of ranks that no longer exist.
+    """
+    for part_rank, path in parts(directory).items():
+        if part_rank == rank or (rank == 0 and part_rank >= world_size):
+            path.unlink()
+    if rank == 0:
+        (directory / FILE_NAME).unlink(missing_ok=True)
+
+
 def parts(directory: Path) -> dict[int, Path]:
     """The trace parts in `directory`, by rank."""
     found = {

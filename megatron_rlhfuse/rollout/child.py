@@ -34,7 +34,7 @@ GROUP_TIMEOUT_S = 5.0
 """For workers to follow a dead engine by themselves; then they are killed."""
 
 # What torchrun tells its ranks. In an engine it would name the trainer's world and store.
-_LAUNCHER_VARIABLES = (
+_TRAINER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -46,6 +46,8 @@ _LAUNCHER_VARIABLES = (
     "ROLE_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    # Megatron's wish, which would serialise the engine's streams.
+    "CUDA_DEVICE_MAX_CONNECTIONS",
 )
 _LAUNCHER_PREFIX = "TORCHELASTIC_"
 
@@ -164,7 +166,7 @@ def child_environment(options: EngineOptions, inherited: dict[str, str]) -> dict
     environment = {
         name: value
         for name, value in inherited.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIX)
+        if name not in _TRAINER_VARIABLES and not name.startswith(_LAUNCHER_PREFIX)
     }
     package_root = str(Path(megatron_rlhfuse.__file__).parents[1])
     search = environment.get("PYTHONPATH")

@@ -110,6 +110,7 @@ class GenerationStage:
 
     def wake(self) -> None:
         """Takes that memory again, before new weights arrive."""
+        platform.release_memory()
         if self._engine is not None:
             self._engine.wake()
 

@@ -56,7 +56,7 @@ def build_engine(options: EngineOptions) -> LLMEngine:
             max_num_seqs=options.max_num_seqs,
             # A prompt prefilled in pieces draws from its request's generator once per piece and
             # takes the draws back, which vLLM's CPU generators cannot.
-            enable_chunked_prefill=False,
+            enable_chunked_prefill=options.device != "cpu",
             max_num_batched_tokens=token_budget,
             kv_cache_memory_bytes=options.kv_cache_bytes,
             gpu_memory_utilization=options.gpu_memory_utilization,

@@ -19,7 +19,7 @@ import dataclasses
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,10 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    state = _sharded_state(args, models, is_loading=False, with_random=True)
+    stepped = [name for name, model in models.items() if model.has_stepped]
+    state = _sharded_state(args, models, stepped, is_loading=False, with_random=True)
     state["progress"] = dict(progress)
+    state["stepped"] = stepped
     state["random_layout"] = _random_layout(models)
     state["shapes"] = {name: _shape_fields(model) for name, model in models.items()}
     dist_checkpointing.save(state, str(folder), content_metadata=_metadata(args, models))
@@ -100,7 +102,8 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
         stored = dist_checkpointing.load_common_state_dict(str(folder))
         _check_shapes(stored["shapes"], models, folder)
         with_random = not args.no_load_rng and stored["random_layout"] == _random_layout(models)
-        state = _sharded_state(args, models, is_loading=True, with_random=with_random)
+        stepped = [] if args.no_load_optim else stored["stepped"]
+        state = _sharded_state(args, models, stepped, is_loading=True, with_random=with_random)
         state = dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, KeyError, ValueError) as fault:
         raise CheckpointError(
@@ -112,11 +115,13 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
     for name, model in models.items():
         part = state[name]
         model.module.load_state_dict(part["model"])
-        if not args.no_load_optim:
+        if name in stepped:
             model.optimizer.load_state_dict(part["optimizer"])
-            _restore_scheduler(model, part["scheduler"], folder)
+            model.has_stepped = True
         else:
             model.optimizer.reload_model_params()
+        if not args.no_load_optim:
+            _restore_scheduler(model, part["scheduler"], folder)
     if with_random:
         _restore_random_state(state["actor"]["random"][0])
     return dict(state["progress"])
@@ -125,10 +130,14 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
 def _sharded_state(
     args: argparse.Namespace,
     models: Mapping[str, TrainedModel],
+    stepped: Collection[str],
     *,
     is_loading: bool,
     with_random: bool,
 ) -> dict[str, Any]:
+    """stepped: the models with an optimizer state. Before its first step (an actor during the
+    critic's warm-up) Adam has none, and Megatron could save nothing of it that it would accept.
+    """
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     state: dict[str, Any] = {}
@@ -136,11 +145,11 @@ def _sharded_state(
         metadata = _metadata(args, {name: model})
         groups = model.groups.pgc
         part: dict[str, Any] = {"model": model.module.sharded_state_dict(metadata=metadata)}
-        if not (is_loading and args.no_load_optim):
+        if name in stepped:
             part["optimizer"] = model.optimizer.sharded_state_dict(
                 part, is_loading=is_loading, metadata=metadata
             )
-            part["scheduler"] = model.scheduler.state_dict()
+        part["scheduler"] = model.scheduler.state_dict()
         if name == "actor" and with_random:
             part["random"] = _random_state(groups)
         add_prefix_for_sharding(part, f"{name}.")

@@ -71,7 +71,7 @@ class PPO:
                 updates.actor.append(result)
                 limit = args.ppo_early_stop_kl
                 updates.stopped_early = limit is not None and result.metrics["approx_kl"] > limit
-            elif train_actor:
+            else:
                 self._models.actor.skip_step()
             if self._models.critic is not None:
                 updates.critic.append(self._step_critic(self._models.critic, mini_batch))

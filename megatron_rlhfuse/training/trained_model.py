@@ -71,6 +71,8 @@ class TrainedModel(PipelinedModel):
             pg_collection=groups.pgc,
         )
         self.scheduler = _scheduler(args, self.optimizer, steps_per_iteration)
+        self.has_stepped = False
+        """Whether the optimizer has a state: after its first step, or loaded from a checkpoint."""
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         if args.overlap_grad_reduce:
@@ -106,6 +108,7 @@ class TrainedModel(PipelinedModel):
         self.optimizer.zero_grad()
         reported = self.run(forward_step, micro_batches, forward_only=False)
         applied, grad_norm, _ = self.optimizer.step()
+        self.has_stepped = True
         model_parallel = self.groups.pgc.mp
         applied = logical_and_across_model_parallel_group(applied, group=model_parallel)
         grad_norm = reduce_max_stat_across_model_parallel_group(grad_norm, group=model_parallel)
@@ -183,7 +186,7 @@ def _scheduler(
         lr_decay_style=args.lr_decay_style,
         start_wd=args.start_weight_decay,
         end_wd=args.end_weight_decay,
-        wd_incr_steps=args.train_iters * steps_per_iteration,
+        wd_incr_steps=decay_steps,  # a run may be extended where --lr-decay-iters says how far
         wd_incr_style=args.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=args.override_opt_param_scheduler,

@@ -2,6 +2,8 @@
 
 Invariants:
 - the score is a mean over clauses, so it does not pay to answer longer or shorter;
+- the first words of an answer score about what the whole scores: a critic that starts as the
+  reward model then has no reason to prefer ending over going on;
 - the first answer of a pair scores at least MARGIN more than the second.
 """
 
@@ -11,75 +13,121 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from .corpus import TONES, TOPIC_OF, Example, draw_clause_count, draw_response, topic_of
+from .corpus import (
+    OPENERS,
+    TONES,
+    TOPIC_OF,
+    TOPICS,
+    Example,
+    draw_clause_count,
+    draw_response,
+    topic_of,
+)
 
 TONE_SCORE = {"polite": 1.0, "plain": 0.0, "rude": -1.0}
 TOPIC_SCORE = 0.5
-UNFINISHED_PENALTY = 0.5
 MALFORMED_SCORE = -1.5
 """The worst that a clause can score: nonsense must never pay."""
+UNOPENED_PENALTY = 1.0
+UNFINISHED_PENALTY = 0.1
 
-MARGIN = 0.25
+MARGIN = 0.5
 """Pairs that score closer than this are drawn again: an annotator would not tell them apart."""
-SPOILED = 0.3
-"""Share of answers that are cut, scrambled or repetitive: what a policy may stray into."""
+SPOILED = 0.4
+"""Probability that a pair is an answer and a copy with one fault: what a policy may stray into,
+and pairs that differ in one respect teach the model what to look at."""
+CUT = 0.1
+"""Probability that an answer is stopped before its end."""
 
 _TONE_OF = {word: tone for tone, words in TONES.items() for word in words}
+_CLAUSE_WORDS = 4
 
 
 def preference(example: Example) -> float:
-    """Mean over clauses of tone (-1, 0, 1) plus topic (-0.5, 0.5), less 0.5 when unfinished.
+    """Mean over clauses of tone (-1, 0, 1) plus topic (-0.5, 0.5), less the penalties.
 
-    A clause that is not of the form "tone verb the noun" scores -1.5. The result lies in [-2, 1.5].
+    A clause that is not of the form "tone verb the noun" scores -1.5, but what is left of a clause
+    where an unfinished answer stops counts for nothing. The result lies in [-2.6, 1.5].
     """
     topic = topic_of(example.question)
-    _, _, body = example.response.partition(":")
-    scores = [_clause_score(clause, topic) for clause in body.rstrip(".").split(",")]
-    return sum(scores) / len(scores) - (0.0 if example.finished else UNFINISHED_PENALTY)
+    opened = [text for _, text in OPENERS if example.response.startswith(f" {text}")]
+    body = example.response.removeprefix(f" {opened[0]}") if opened else example.response
+    clauses = body.rstrip(".").split(",")
+    if not example.finished and len(clauses) > 1 and len(clauses[-1].split()) < _CLAUSE_WORDS:
+        clauses.pop()
+    score = sum(_clause_score(clause, topic) for clause in clauses) / len(clauses)
+    if not opened:
+        score -= UNOPENED_PENALTY
+    return score if example.finished else score - UNFINISHED_PENALTY
 
 
 def draw_pair(rng: random.Random, all_questions: list[str]) -> tuple[Example, Example]:
-    """(chosen, rejected): two answers to one question, lengths drawn independently."""
+    """(chosen, rejected): an answer, and its spoiled copy or another answer of any length."""
     question = rng.choice(all_questions)
     while True:
-        pair = sorted((_draw_answer(rng, question) for _ in range(2)), key=preference)
-        if preference(pair[1]) - preference(pair[0]) >= MARGIN:
-            return pair[1], pair[0]
+        first = _draw_answer(rng, question)
+        if rng.random() < SPOILED:
+            second = rng.choice(_SPOILERS)(rng, first)
+        else:
+            second = _draw_answer(rng, question)
+        rejected, chosen = sorted((first, second), key=preference)
+        if preference(chosen) - preference(rejected) >= MARGIN:
+            return chosen, rejected
 
 
 def _draw_answer(rng: random.Random, question: str) -> Example:
-    answer = Example(question, draw_response(rng, topic_of(question), draw_clause_count(rng)))
-    if rng.random() < SPOILED:
-        answer = rng.choice(_SPOILERS)(rng, answer)
-    return answer
-
-
-def _cut(rng: random.Random, answer: Example) -> Example:
-    """Stopped before its end, as by a token limit."""
-    spaced = answer.response.split(" ")
-    kept = " ".join(spaced[: rng.randint(3, len(spaced) - 1)])
-    return replace(answer, response=kept, finished=False)
+    """A response of the language, whole or stopped anywhere after its first clause."""
+    response = draw_response(rng, topic_of(question), draw_clause_count(rng))
+    if rng.random() >= CUT:
+        return Example(question, response)
+    opener, body = _opener_and_words(response)
+    kept = body[: rng.randint(_CLAUSE_WORDS, len(body))]
+    return Example(question, f"{opener}: {' '.join(kept)}".rstrip("."), finished=False)
 
 
 def _scramble(rng: random.Random, answer: Example) -> Example:
     """Its words in any order."""
-    opener, _, body = answer.response.partition(": ")
-    body_words = body.split(" ")
-    rng.shuffle(body_words)
-    return replace(answer, response=f"{opener}: {' '.join(body_words)}")
+    opener, body = _opener_and_words(answer.response)
+    rng.shuffle(body)
+    return replace(answer, response=f"{opener}: {' '.join(body)}")
 
 
 def _repeat(rng: random.Random, answer: Example) -> Example:
-    """One of its words in every place of its last clauses."""
-    opener, _, body = answer.response.partition(": ")
-    body_words = body.split(" ")
-    start = rng.randrange(len(body_words))
-    word = rng.choice(body_words).strip(",.")
-    body_words[start:] = [word] * (len(body_words) - start)
-    return replace(answer, response=f"{opener}: {' '.join(body_words)}.")
+    """One of its words from some place to its end."""
+    opener, body = _opener_and_words(answer.response)
+    start = rng.randrange(len(body))
+    body[start:] = [rng.choice(body).strip(",.")] * (len(body) - start)
+    return replace(answer, response=f"{opener}: {' '.join(body)}.")
 
 
-_SPOILERS: tuple[Callable[[random.Random, Example], Example], ...] = (_cut, _scramble, _repeat)
+def _stray(rng: random.Random, answer: Example) -> Example:
+    """The same, but about another topic."""
+    verbs, nouns = TOPICS[rng.choice(list(TOPICS))]
+    words = answer.response.split(" ")
+    for place, word in enumerate(words):
+        bare = word.strip(",.")
+        if bare in TOPIC_OF:
+            verb = bare in TOPICS[TOPIC_OF[bare]][0]
+            words[place] = word.replace(bare, rng.choice(verbs if verb else nouns))
+    return replace(answer, response=" ".join(words))
+
+
+def _unopened(rng: random.Random, answer: Example) -> Example:
+    """Without its opener."""
+    return replace(answer, response=answer.response.partition(":")[2])
+
+
+def _opener_and_words(response: str) -> tuple[str, list[str]]:
+    opener, _, body = response.partition(": ")
+    return opener, body.split(" ")
+
+
+_SPOILERS: tuple[Callable[[random.Random, Example], Example], ...] = (
+    _scramble,
+    _repeat,
+    _stray,
+    _unopened,
+)
 
 
 def _clause_score(clause: str, topic: str) -> float:

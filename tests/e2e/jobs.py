@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -34,10 +35,13 @@ SMALL = {
 class Job:
     """One run of pretrain_rlhf.py on two ranks; `flags` replace or add to SMALL by name.
 
-    A flag set to True is given without a value, one set to None is left out.
+    A flag set to True is given without a value, one set to None is left out. `environment` is set
+    besides this process's own.
     """
 
-    def __init__(self, run_folder: Path, **flags: object) -> None:
+    def __init__(
+        self, run_folder: Path, environment: Mapping[str, str] | None = None, **flags: object
+    ) -> None:
         assert TOY.is_dir(), "no toy models in build/toy: run `make toy`"
         run_folder.mkdir(parents=True, exist_ok=True)
         self.output_path = run_folder / "output.txt"
@@ -52,7 +56,7 @@ class Job:
         self.process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that a signal to its group spares the tests
