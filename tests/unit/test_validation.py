@@ -450,6 +450,7 @@ def test_the_program_ends_with_one_line(flags: tuple[str, ...], fault: str) -> N
 
 
 def test_a_folder_with_checkpoints_is_not_written_over(parse: Parse, folders: Path) -> None:
+    (folders / "iter_0000003").mkdir()
     (folders / "latest_checkpointed_iteration.txt").write_text("3\n")
     message = refusal(parse, "--save {}")
     assert f"--save {folders}" in message and f"--load {folders}" in message
