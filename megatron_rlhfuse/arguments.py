@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         try:
             validate_args(args)
         except (AssertionError, ValueError, RuntimeError) as fault:
-            refuse(f"refused by Megatron: {fault or _raised_at(fault)}")
+            refuse(f"refused by Megatron: {str(fault) or _raised_at(fault)}")
         # The run writes TensorBoard and W&B itself, with its own metrics; Megatron's writers,
         # which would open second ones, see them unset.
         writers = {name: getattr(args, name) for name in ("tensorboard_dir", "wandb_project")}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlhfuse import platform
+from megatron_rlhfuse import compat, platform
 from megatron_rlhfuse.models.build import build_model
 from megatron_rlhfuse.models.hf_config import Head, ModelShape, apply_shape, read_shape
 from megatron_rlhfuse.models.load import load_hf_weights
@@ -82,7 +82,7 @@ def megatron_args(*flags: str) -> Namespace:
         args = parse_args()
     finally:
         sys.argv = command
-    for name, value in platform.default_flags().items():
+    for name, value in (compat.default_flags() | platform.default_flags()).items():
         setattr(args, name, value)
     return validate_args(args)
 

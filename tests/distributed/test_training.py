@@ -101,7 +101,10 @@ def test_critic_warm_up_leaves_the_actor_alone(results: list[Results]) -> None:
             {"actor": True, "critic": False},
             {"actor": False, "critic": False},
         ]
-        assert warm_up["actor steps"] == [0, STEPS]
+        first, second = warm_up["actor steps"]
+        assert not first and len(second) == STEPS
+        # Iterations count for the learning rate, whoever is trained in them.
+        assert second[0]["learning_rate"] == pytest.approx(learning_rate(STEPS))
 
 
 def test_a_plain_step_is_as_long_as_the_clipped_gradient(results: list[Results]) -> None:

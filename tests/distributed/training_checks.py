@@ -185,7 +185,7 @@ def _critic_warmup(args: Namespace, experiences: list[Any]) -> Results:
         }
         for a, b in itertools.pairwise(history)
     ]
-    return {"same": same, "actor steps": [len(update["actor"]) for update in updates]}
+    return {"same": same, "actor steps": [update["actor"] for update in updates]}
 
 
 def _sgd(args: Namespace, experience: Any) -> dict[str, float]:

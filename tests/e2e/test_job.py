@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -73,6 +76,56 @@ def test_saved_models_load_in_transformers(four_iterations: Path) -> None:
     critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
     assert critic.config.num_labels == 1
     assert AutoTokenizer.from_pretrained(folder / "actor").encode("a")
+
+
+# vLLM as anyone would use it, without this project: reads a prompt's tokens, writes a response's.
+VLLM_PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model, prompt, length = json.loads(sys.argv[1])
+    engine = LLM(
+        model=model, load_format="auto", dtype="float32", max_model_len=128, max_num_seqs=1,
+        kv_cache_memory_bytes=64 << 20, enforce_eager=True,
+    )
+    greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": prompt}], greedy)
+    print("RESPONSE", json.dumps(list(outputs[0].outputs[0].token_ids)), flush=True)
+"""
+
+
+def test_saved_actor_loads_in_vllm(four_iterations: Path) -> None:
+    folder = four_iterations / "models" / "actor"
+    prompt = AutoTokenizer.from_pretrained(folder).encode("User: How do I dust the floor?")
+    length = 24
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    vllm = subprocess.run(
+        [sys.executable, "-c", VLLM_PROGRAM, json.dumps([str(folder), prompt, length])],
+        cwd=four_iterations,  # not the repository, where Python would find this project
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert vllm.returncode == 0, vllm.stdout
+    (response,) = (line for line in vllm.stdout.splitlines() if line.startswith("RESPONSE "))
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.tensor([prompt])
+    for _ in range(length):
+        with torch.no_grad():
+            best = model(tokens).logits[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, best], dim=1)
+    assert json.loads(response.removeprefix("RESPONSE ")) == tokens[0, len(prompt) :].tolist()
 
 
 def test_resumed_run_equals_uninterrupted_one_though_an_engine_is_killed(

@@ -171,6 +171,7 @@ def test_gae_in_bf16_with_two_rewards_early_stop_and_recomputation(tmp_path: Pat
     for record, calls in zip(records, by_iteration, strict=True):
         assert_seen_as_in_the_data(calls)
         assert record.keys() >= CRITIC_FIELDS
+        assert record["stopped_early"] == 1
         # Engines compute in float32, the actor in bfloat16.
         assert record["logprob_difference_mean"] < 0.02
     from_model = records[0]["score_mean"] - length_score(by_iteration[0])
