@@ -189,6 +189,12 @@ def _check_optimizer(args: argparse.Namespace) -> None:
             "--use-precision-aware-optimizer works with --use-distributed-optimizer only: give "
             "both, or neither"
         )
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(args, name) != "fp32" and not args.use_precision_aware_optimizer:
+            raise FlagError(
+                f"{flag(name)} {getattr(args, name)} needs --use-precision-aware-optimizer: leave "
+                "it at fp32"
+            )
 
 
 def check_schedules(args: argparse.Namespace) -> None:

@@ -96,6 +96,10 @@ _UNSUPPORTED: dict[str, str] = {
     "--exit-signal-handler": "SIGTERM ends the job; resume it with --load",
     "--exit-signal-handler-for-training": "SIGTERM ends the job; resume it with --load",
     "--exit-duration-in-mins": "stop the job when you like and resume it with --load",
+    "--adlr-autoresume": "submit the job again with --load",
+    "--fake-process-group": "training needs real ones",
+    "--lazy-mpu-init": "process groups are made at the start",
+    "--use-sharp": "leave it out",
     "--checkpoint-activations": "use --recompute-activations or --recompute-granularity",
     "--rerun-mode": "leave it at disabled",
     "--yaml-cfg": "give flags",
@@ -152,6 +156,15 @@ def check_unsupported(args: argparse.Namespace) -> None:
         raise FlagError(
             f"--transformer-impl {args.transformer_impl} is not supported: use transformer_engine "
             "or local"
+        )
+    if args.attention_backend.name == "local":
+        raise FlagError(
+            "--attention-backend local is not supported: leave it out; which layers are built is "
+            "decided by --transformer-impl"
+        )
+    if args.fp32_residual_connection and args.transformer_impl == "local":
+        raise FlagError(
+            "--fp32-residual-connection needs --transformer-impl transformer_engine: leave it out"
         )
     if args.transformer_impl == "transformer_engine" and not compat.has_transformer_engine():
         raise FlagError(

@@ -44,7 +44,7 @@ def run_and_be_killed(folder: str) -> None:
         _train(trainer, iteration)
         digests[str(iteration)] = _digest(trainer)
         if iteration == 4:
-            digests["bfloat16"] = _bfloat16(trainer, root, save=True)
+            digests |= _other_jobs(trainer, root, save=True)
             (root / f"uninterrupted-{dist.get_rank()}.json").write_text(json.dumps(digests))
             _die_while_saving()
         trainer.publish_weights(iteration)
@@ -65,7 +65,7 @@ def resume(folder: str) -> Results:
         digests[str(iteration)] = _digest(trainer)
         trainer.publish_weights(iteration)
         trainer.record(iteration)
-    digests["bfloat16"] = _bfloat16(trainer, root, save=False)
+    digests |= _other_jobs(trainer, root, save=False)
     return {
         "left": left,
         "half is whole": whole,
@@ -130,22 +130,29 @@ def _die_while_saving() -> None:
     serialization.save_config = killed
 
 
-def _bfloat16(trainer: Any, root: Path, save: bool) -> dict[str, str]:
-    """One step, a checkpoint, one more step, with bfloat16 weights and float32 masters."""
+def _other_jobs(trainer: Any, root: Path, save: bool) -> dict[str, Any]:
+    """Two steps with a checkpoint between them, by jobs with other flags."""
+    bfloat16 = {
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "accumulate_allreduce_grads_in_fp32": True,
+    }
+    return {
+        # bfloat16 weights and float32 masters
+        "bfloat16": _two_steps(trainer, f"{root}/bfloat16", save, **bfloat16),
+        # the actor's optimizer has no state yet when the checkpoint is made
+        "warm-up": _two_steps(trainer, f"{root}/warm-up", save, critic_warmup_iters=1),
+    }
+
+
+def _two_steps(trainer: Any, folder: str, save: bool, **flags: Any) -> dict[str, str]:
+    """One step, a checkpoint, one more step; without `save` the first comes from the checkpoint."""
     from megatron_rlhfuse.assembly import build_trained_models
     from megatron_rlhfuse.observe.trace import Tracer
     from megatron_rlhfuse.training.checkpoint import load_checkpoint, save_checkpoint
     from megatron_rlhfuse.training.ppo import PPO
 
-    folder = f"{root}/bfloat16"
-    args = changed(
-        trainer.args,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        accumulate_allreduce_grads_in_fp32=True,
-        save=folder,
-        load=folder,
-    )
+    args = changed(trainer.args, save=folder, load=folder, **flags)
     models = build_trained_models(args)
     ppo = PPO(args, models, Tracer("unused", 0, enabled=False))
     if save:

@@ -60,11 +60,12 @@ def test_the_digests_tell_states_apart(uninterrupted: list[Results]) -> None:
         assert all(rank["2"][name] != rank["3"][name] for name in changing)
 
 
-def test_resuming_is_exact_in_bfloat16(
-    uninterrupted: list[Results], resumed: list[Results]
+@pytest.mark.parametrize("job", ["bfloat16", "warm-up"])
+def test_resuming_is_exact_with_other_flags(
+    uninterrupted: list[Results], resumed: list[Results], job: str
 ) -> None:
     for once, twice in zip(uninterrupted, resumed, strict=True):
-        assert twice["digests"]["bfloat16"] == once["bfloat16"]
+        assert twice["digests"][job] == once[job]
 
 
 def test_the_half_written_checkpoint_is_replaced(resumed: list[Results]) -> None:

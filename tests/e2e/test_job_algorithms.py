@@ -167,15 +167,14 @@ def test_gae_in_bf16_with_two_rewards_early_stop_and_recomputation(tmp_path: Pat
         recompute_num_layers=1,
     )
     records = finite_metrics(tmp_path, 2)
-    by_iteration = calls_by_iteration(tmp_path, 2)
-    for record, calls in zip(records, by_iteration, strict=True):
+    for record, calls in zip(records, calls_by_iteration(tmp_path, 2), strict=True):
         assert_seen_as_in_the_data(calls)
         assert record.keys() >= CRITIC_FIELDS
         assert record["stopped_early"] == 1
         # Engines compute in float32, the actor in bfloat16.
         assert record["logprob_difference_mean"] < 0.02
-    from_model = records[0]["score_mean"] - length_score(by_iteration[0])
-    assert from_model == pytest.approx(reward_model_mean(by_iteration[0]), abs=0.1)
+        from_model = record["score_mean"] - length_score(calls)
+        assert from_model == pytest.approx(reward_model_mean(calls), abs=0.1)
 
     # Two iterations of two epochs of two mini-batches: the critic takes all, the actor stops.
     assert list(spans(tmp_path, "critic step").values()) == [8, 8]

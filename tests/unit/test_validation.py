@@ -257,6 +257,10 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--context-parallel-size 2", "--context-parallel-size 2", "leave it at 1"),
     ("--fp8-format e4m3", "--fp8-format e4m3", "--bf16"),
     ("--data-path x", "--data-path", "--prompt-data"),
+    ("--adlr-autoresume", "--adlr-autoresume", "--load"),
+    ("--attention-backend local", "--attention-backend local", "leave it out"),
+    ("--bf16 --fp32-residual-connection", "--fp32-residual-connection", "leave it out"),
+    ("--main-grads-dtype bf16", "--main-grads-dtype bf16", "leave it at fp32"),
     ("--exit-interval 3", "--exit-interval 3", "--train-iters"),
 ]
 
