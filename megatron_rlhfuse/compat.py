@@ -1,6 +1,6 @@
 """Every difference between supported Megatron and vLLM versions, and repairs of their wheels.
 
-The only file that may look at a version or at a private name of another package. `apply()` is
+The only file that looks at what is installed beside torch, and in which version. `apply()` is
 idempotent and is called once per process, after `platform.prepare()`.
 """
 

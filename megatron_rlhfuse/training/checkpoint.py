@@ -8,8 +8,9 @@ Invariants
   previous checkpoint, or the new one, and never half of one, as the latest.
 - Saving, then going on, equals loading and going on, bit for bit.
 - `--load` of a folder without a checkpoint is an error, never a silent start from iteration 0.
-- Another parallel layout than the one that saved may load: models and optimizers are cut anew.
-  Only the random state cannot be, and nothing draws from it: dropout is refused.
+- Another parallel layout than the one that saved may load: models and plain optimizers are cut
+  anew (the distributed optimizer's state only with `--dist-ckpt-optim-fully-reshardable`). The
+  random state cannot be, and nothing draws from it: dropout is refused.
 """
 
 from __future__ import annotations
