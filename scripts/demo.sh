@@ -9,8 +9,13 @@ toy=build/toy
 run=${RUN_DIR:-runs/demo}
 iterations=${ITERATIONS:-16}
 
-# A demo starts afresh; a run's own folder is all that it removes.
-rm -rf -- "$run"
+# A demo starts afresh; the folder of an earlier run is all that it removes.
+if [[ -f $run/args.json ]]; then
+  rm -rf -- "$run"
+elif [[ -n $(ls -A "$run" 2>/dev/null) ]]; then
+  echo "demo.sh: $run exists and is not the folder of a run: choose another with RUN_DIR" >&2
+  exit 2
+fi
 
 OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --nproc-per-node 2 \
   --log-dir "$run/torchrun" pretrain_rlhf.py \
