@@ -23,6 +23,6 @@ def main() -> None:
             trainer.record(iteration)
 
 
-# Saving a checkpoint spawns a process that imports this file: without the guard it hangs.
+# A process that a library spawns imports this file again: without the guard it would train.
 if __name__ == "__main__":
     main()

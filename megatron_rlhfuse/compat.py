@@ -7,6 +7,7 @@ idempotent and is called once per process, after `platform.prepare()`.
 from __future__ import annotations
 
 import importlib.util
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typing import Any
 def apply() -> None:
     """Applies every repair that the installed versions need."""
     _skip_missing_dataset_makefile()
+    _keep_checkpoint_results_in_process()
 
 
 def _skip_missing_dataset_makefile() -> None:
@@ -23,6 +25,16 @@ def _skip_missing_dataset_makefile() -> None:
 
     if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
         dataset_utils.compile_helpers = lambda: None
+
+
+def _keep_checkpoint_results_in_process() -> None:
+    # The writer of distributed checkpoints reports through a queue that a process of its own
+    # serves, so that a save could run in the background. Saves here do not; that process takes
+    # seconds to start, half a GB, and outlives a rank that is killed.
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def default_flags() -> dict[str, Any]:

@@ -17,7 +17,6 @@ from .corpus import (
     OPENERS,
     TONES,
     TOPIC_OF,
-    TOPICS,
     Example,
     draw_clause_count,
     draw_response,
@@ -25,7 +24,6 @@ from .corpus import (
 )
 
 TONE_SCORE = {"polite": 1.0, "plain": 0.0, "rude": -1.0}
-TOPIC_SCORE = 0.5
 MALFORMED_SCORE = -1.5
 """The worst that a clause can score: nonsense must never pay."""
 UNOPENED_PENALTY = 1.0
@@ -33,7 +31,7 @@ UNFINISHED_PENALTY = 0.1
 
 MARGIN = 0.5
 """Pairs that score closer than this are drawn again: an annotator would not tell them apart."""
-SPOILED = 0.4
+SPOILED = 0.3
 """Probability that a pair is an answer and a copy with one fault: what a policy may stray into,
 and pairs that differ in one respect teach the model what to look at."""
 CUT = 0.1
@@ -44,18 +42,17 @@ _CLAUSE_WORDS = 4
 
 
 def preference(example: Example) -> float:
-    """Mean over clauses of tone (-1, 0, 1) plus topic (-0.5, 0.5), less the penalties.
+    """Mean over clauses of their tone (-1, 0, 1), less the penalties; in [-2.6, 1].
 
     A clause that is not of the form "tone verb the noun" scores -1.5, but what is left of a clause
-    where an unfinished answer stops counts for nothing. The result lies in [-2.6, 1.5].
+    where an unfinished answer stops counts for nothing.
     """
-    topic = topic_of(example.question)
     opened = [text for _, text in OPENERS if example.response.startswith(f" {text}")]
     body = example.response.removeprefix(f" {opened[0]}") if opened else example.response
     clauses = body.rstrip(".").split(",")
     if not example.finished and len(clauses) > 1 and len(clauses[-1].split()) < _CLAUSE_WORDS:
         clauses.pop()
-    score = sum(_clause_score(clause, topic) for clause in clauses) / len(clauses)
+    score = sum(_clause_score(clause) for clause in clauses) / len(clauses)
     if not opened:
         score -= UNOPENED_PENALTY
     return score if example.finished else score - UNFINISHED_PENALTY
@@ -100,18 +97,6 @@ def _repeat(rng: random.Random, answer: Example) -> Example:
     return replace(answer, response=f"{opener}: {' '.join(body)}.")
 
 
-def _stray(rng: random.Random, answer: Example) -> Example:
-    """The same, but about another topic."""
-    verbs, nouns = TOPICS[rng.choice(list(TOPICS))]
-    words = answer.response.split(" ")
-    for place, word in enumerate(words):
-        bare = word.strip(",.")
-        if bare in TOPIC_OF:
-            verb = bare in TOPICS[TOPIC_OF[bare]][0]
-            words[place] = word.replace(bare, rng.choice(verbs if verb else nouns))
-    return replace(answer, response=" ".join(words))
-
-
 def _unopened(rng: random.Random, answer: Example) -> Example:
     """Without its opener."""
     return replace(answer, response=answer.response.partition(":")[2])
@@ -125,16 +110,14 @@ def _opener_and_words(response: str) -> tuple[str, list[str]]:
 _SPOILERS: tuple[Callable[[random.Random, Example], Example], ...] = (
     _scramble,
     _repeat,
-    _stray,
     _unopened,
 )
 
 
-def _clause_score(clause: str, topic: str) -> float:
+def _clause_score(clause: str) -> float:
     match clause.split():
         case [tone, verb, "the", noun] if (
             tone in _TONE_OF and verb in TOPIC_OF and TOPIC_OF[verb] == TOPIC_OF.get(noun)
         ):
-            on_topic = TOPIC_OF[verb] == topic
-            return TONE_SCORE[_TONE_OF[tone]] + (TOPIC_SCORE if on_topic else -TOPIC_SCORE)
+            return TONE_SCORE[_TONE_OF[tone]]
     return MALFORMED_SCORE

@@ -29,11 +29,11 @@ ACTOR_STEPS = 200
 ACTOR_DOCUMENTS = 64
 """Documents of a step."""
 ACTOR_LEARNING_RATE = 3e-3
-REWARD_STEPS = 150
+REWARD_STEPS = 120
 REWARD_PAIRS = 32
 """Pairs of a step."""
 REWARD_LEARNING_RATE = 1e-3
-WARM_UP = 0.05
+WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; it then falls to 0 along a line."""
 CENTERING = 0.01
 """Weight of (chosen + rejected)^2, which keeps rewards around zero: the head has no bias."""

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -67,6 +68,7 @@ def resume(folder: str) -> Results:
         trainer.record(iteration)
     digests |= _other_jobs(trainer, root, save=False)
     return {
+        "child processes": [p.cmdline() for p in psutil.Process().children()],
         "left": left,
         "half is whole": whole,
         "started from": started_from,

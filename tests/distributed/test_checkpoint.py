@@ -68,6 +68,10 @@ def test_resuming_is_exact_with_other_flags(
         assert twice["digests"][job] == once[job]
 
 
+def test_saving_starts_no_process_that_a_killed_rank_would_leave(resumed: list[Results]) -> None:
+    assert [rank["child processes"] for rank in resumed] == [[], []]
+
+
 def test_the_half_written_checkpoint_is_replaced(resumed: list[Results]) -> None:
     assert {rank["latest"] for rank in resumed} == {"4\n"}
 
