@@ -1,9 +1,25 @@
-"""Build hook of the project; everything declarative is in pyproject.toml.
+"""Build of the C++ extensions; everything declarative is in pyproject.toml.
 
-This is where the C++ extensions of csrc/ (C++17, pybind11, no libtorch) are declared once they
-exist: pyproject.toml cannot express a build that depends on the compiler and on CUDA.
+`csrc/` is C++17 with pybind11 and without libtorch, so one build serves every torch. A compiler
+is needed (g++ or clang++; $CXX chooses another).
 """
 
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).resolve().parent
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "megatron_rlhfuse._planner",
+            ["csrc/planner.cpp"],
+            cxx_std=17,
+            depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread"],
+        )
+    ]
+)

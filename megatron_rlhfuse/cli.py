@@ -24,6 +24,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "plan": Command("megatron_rlhfuse.schedule.plan_command", "plan a fused pipeline schedule"),
+    "simulate": Command(
+        "megatron_rlhfuse.schedule.simulate_command",
+        "predict the training stage of a cluster, fused and not",
+    ),
     "report": Command("megatron_rlhfuse.observe.report", "draw a run into one HTML page and PNGs"),
     "doctor": Command(
         "megatron_rlhfuse.doctor", "check the versions and the machine of this installation"

@@ -1,15 +1,29 @@
-"""What can be wrong with a problem or an order; every message is one line that names the place."""
+"""What can be wrong with a problem or an order.
+
+Invariants:
+- a message is one line of printable characters that names the place, whatever a user's file holds;
+- of a user's token, name or value it shows at most `LONGEST` characters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+LONGEST = 40
+"""Characters of a value that a message shows."""
+
+LONGEST_CELL = 16
+"""Characters of a token that a grid shows, where nine stand on a line."""
 
 GRID_REACH = 4
-"""Cells shown on either side of the faulty one."""
+"""Cells, and devices, shown on either side of the faulty one."""
 
 
 class ScheduleError(ValueError):
     """A problem, an order or a request that makes no schedule."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape(message))
 
 
 class ProblemError(ScheduleError):
@@ -21,7 +35,7 @@ class ProblemError(ScheduleError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
-        self.field = field
+        self.field = escape(field)
 
 
 class InfeasibleError(ScheduleError):
@@ -41,9 +55,7 @@ class OrderError(ScheduleError):
     ) -> None:
         place = f"device {device}"
         if position is not None:
-            place += f", position {position}"
-            if position < len(order[device]):
-                place += f" ({order[device][position]})"
+            place += f", position {position} ({show_name(order[device][position])})"
         super().__init__(f"{place}: {message}")
         self.device = device
         self.position = position
@@ -51,28 +63,51 @@ class OrderError(ScheduleError):
 
 
 def draw_grid(order: Sequence[Sequence[str]], device: int, position: int | None) -> str:
-    """The rows of `order` around a cell, which stands in brackets."""
-    center = position if position is not None else 0
-    first = max(0, center - GRID_REACH)
-    longest = max((len(row) for row in order), default=0)
-    columns = range(first, min(longest, center + GRID_REACH + 1))
-    cells = [
-        [
-            f"[{text}]" if (row, column) == (device, position) else f" {text} "
-            for column in columns
-            for text in [order[row][column] if column < len(order[row]) else ""]
-        ]
-        for row in range(len(order))
-    ]
-    head = [f" {column} " for column in columns]
-    widths = [
-        max(len(row[i]) for row in [head, *cells]) for i in range(len(head))
-    ]  # one width per column
-    lines = [("position", head)] + [
-        (f"{'>' if row == device else ' '} device {row}", cells[row]) for row in range(len(order))
-    ]
-    label = max(len(text) for text, _ in lines)
+    """The cells of `order` around one, which stands in brackets; it fits a terminal.
+
+    Without a position, the beginning of the device's row.
+    """
+    rows = _around(device, len(order))
+    columns = _around(position or 0, max(len(order[row]) for row in rows))
+    table = [["position", *(f" {column} " for column in columns)]]
+    for row in rows:
+        cells = [f"{'>' if row == device else ' '} device {row}"]
+        for column in columns:
+            text = show_name(order[row][column], LONGEST_CELL) if column < len(order[row]) else ""
+            cells.append(f"[{text}]" if (row, column) == (device, position) else f" {text} ")
+        table.append(cells)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
-        f"{text:{label}} " + " ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True))
-        for text, row in lines
+        " ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in table
     )
+
+
+def show(value: object, longest: int = LONGEST) -> str:
+    """A value as one short line for a message; of lists and objects the type alone."""
+    if isinstance(value, list | Mapping):
+        return type(value).__name__
+    try:
+        text = escape(repr(value))
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def show_name(value: object, longest: int = LONGEST) -> str:
+    """A token or the name of a field for a message: bare where a reader sees what it is."""
+    if not isinstance(value, str) or not value.isprintable() or value != value.strip():
+        return show(value, longest)
+    return value if 0 < len(value) <= longest else show(value, longest)
+
+
+def escape(text: str) -> str:
+    """The text with every character that cannot be printed, line ends among them, as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def _around(center: int, count: int) -> range:
+    """The numbers below `count` that are at most GRID_REACH away from `center`."""
+    return range(max(0, center - GRID_REACH), min(count, center + GRID_REACH + 1))

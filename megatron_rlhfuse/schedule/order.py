@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from megatron_rlhfuse.schedule.errors import OrderError, ScheduleError
+from megatron_rlhfuse.schedule.errors import OrderError, ScheduleError, show
 from megatron_rlhfuse.schedule.problem import LETTERS, Problem
 
 Order = list[list["Subtask"]]
 """One list per device, in the order of execution."""
 
-_TOKEN = re.compile(r"([a-z])(0|[1-9]\d{0,6})([FBW])(0|[1-9]\d{0,6})")
+_TOKEN = re.compile(r"([a-z])(0|[1-9][0-9]{0,6})([FBW])(0|[1-9][0-9]{0,6})")
 
 
 class Subtask(NamedTuple):
@@ -45,9 +45,11 @@ def order_to_tokens(order: Sequence[Sequence[Subtask]]) -> list[list[str]]:
 def parse_order(problem: Problem, rows: Sequence[Sequence[str]]) -> Order:
     """Subtasks from tokens; every subtask of the problem stands there exactly once.
 
-    Raises OrderError naming device, position and token. Whether the order can be executed is for
-    `evaluate` to say.
+    Raises OrderError naming device, position and token, and ScheduleError for what is no list of
+    token lists (`rows` may come from a file). Whether the order can be executed is for `evaluate`
+    to say.
     """
+    _check_lists(rows)
     if len(rows) != problem.devices:
         raise ScheduleError(
             f"order: {len(rows)} rows, but the problem has {problem.devices} devices"
@@ -58,7 +60,7 @@ def parse_order(problem: Problem, rows: Sequence[Sequence[str]]) -> Order:
         seen: dict[str, int] = defaultdict(int)
         subtasks = []
         for position, token in enumerate(row):
-            match = _TOKEN.fullmatch(token)
+            match = _TOKEN.fullmatch(token) if isinstance(token, str) else None
             if match is None:
                 raise OrderError(
                     rows, device, position, "not a token; one looks like a0F3 or b1B12"
@@ -95,9 +97,22 @@ def order_to_csv(rows: Sequence[Sequence[str]]) -> str:
 
 
 def order_from_csv(text: str) -> list[list[str]]:
-    """The tokens of `order_to_csv`; spaces around them do not matter."""
-    rows = csv.reader(io.StringIO(text))
-    return [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    """The tokens of `order_to_csv`; spaces around them do not matter.
+
+    Raises ScheduleError naming the line where it holds no cells between commas.
+    """
+    reader = csv.reader(io.StringIO(text))
+    rows: list[list[str]] = []
+    try:
+        for row in reader:
+            rows.append([cell.strip() for cell in row if cell.strip()])
+    except csv.Error as error:
+        reason = str(error).partition(" - ")[0]  # behind it stands advice for programmers
+        raise ScheduleError(
+            f"order: line {reader.line_num} (device {len(rows)}): want tokens between commas, "
+            f"but: {reason}"
+        ) from error
+    return rows
 
 
 def subtasks_of(problem: Problem, model: int, pipeline: int) -> Iterable[tuple[int, Subtask]]:
@@ -107,6 +122,15 @@ def subtasks_of(problem: Problem, model: int, pipeline: int) -> Iterable[tuple[i
         for kind in described.kinds:
             for micro_batch in range(described.micro_batches):
                 yield device, Subtask(model, pipeline, kind, micro_batch, stage)
+
+
+def _check_lists(rows: object) -> None:
+    """Raises ScheduleError for anything but a list of lists."""
+    if not isinstance(rows, list | tuple):
+        raise ScheduleError(f"order: want a list of tokens per device, got {show(rows)}")
+    for device, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise ScheduleError(f"order: device {device}: want a list of tokens, got {show(row)}")
 
 
 def _stages_by_device(problem: Problem) -> dict[tuple[int, int, int], list[int]]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rlhfuse.schedule.errors import ProblemError
+from megatron_rlhfuse.schedule.fields import Fields, is_whole, show
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 """Tokens name a model by its letter, so a problem holds at most 26 models."""
@@ -117,7 +118,7 @@ def parse_problem(data: Any) -> Problem:
 
     Raises ProblemError naming the field.
     """
-    fields = _Fields(data, "", {"devices", "models"}, {"p2p", "memory_limit"})
+    fields = Fields(data, "", {"devices", "models"}, {"p2p", "memory_limit"}, what="problem")
     devices = fields.count("devices")
     p2p = fields.number("p2p", lowest=0.0) if fields.get("p2p") is not None else 0.0
     listed = fields.get("models")
@@ -147,7 +148,7 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
 
 def _parse_model(data: Any, path: str, devices: int) -> Model:
     required = {"micro_batches", "forward", "backward", "activation", "pipelines"}
-    fields = _Fields(data, path, required, {"name", "weight_gradient"})
+    fields = Fields(data, path, required, {"name", "weight_gradient"})
     name = fields.get("name", "")
     if not isinstance(name, str):
         raise ProblemError(f"{path}.name", "want a string")
@@ -181,85 +182,10 @@ def _check_pipeline(pipeline: Any, path: str, devices: int, first: Any) -> None:
     if len(pipeline) != len(first):
         raise ProblemError(path, f"{len(pipeline)} stages, but the first pipeline has {len(first)}")
     for stage, device in enumerate(pipeline):
-        if not _is_int(device) or not 0 <= device < devices:
+        if not is_whole(device) or not 0 <= device < devices:
             raise ProblemError(
-                f"{path}[{stage}]", f"want a device from 0 to {devices - 1}, got {_show(device)}"
+                f"{path}[{stage}]", f"want a device from 0 to {devices - 1}, got {show(device)}"
             )
-
-
-class _Fields:
-    """The fields of one JSON object, read with checks that name the path."""
-
-    def __init__(self, data: Any, path: str, required: set[str], optional: set[str]) -> None:
-        where = path or "problem"
-        if not isinstance(data, Mapping):
-            raise ProblemError(where, f"want a JSON object, got {_show(data)}")
-        self._data = data
-        self._prefix = f"{path}." if path else ""
-        for name in data:
-            if name not in required | optional:
-                known = ", ".join(sorted(required | optional))
-                raise ProblemError(f"{self._prefix}{name}", f"unknown field; there are {known}")
-        for name in sorted(required):
-            if name not in data:
-                raise ProblemError(f"{self._prefix}{name}", "missing")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._data.get(name, default)
-
-    def count(self, name: str) -> int:
-        value = self._data[name]
-        if not _is_int(value) or not 1 <= value <= MAX_SUBTASKS:
-            raise ProblemError(
-                f"{self._prefix}{name}",
-                f"want a whole number from 1 to {MAX_SUBTASKS}, got {_show(value)}",
-            )
-        return value
-
-    def number(self, name: str, *, lowest: float = -math.inf, above: float = -math.inf) -> float:
-        return _number(self._data[name], f"{self._prefix}{name}", lowest, above)
-
-    def numbers(
-        self,
-        name: str,
-        length: int,
-        unit: str,
-        *,
-        lowest: float = -math.inf,
-        above: float = -math.inf,
-        nullable: bool = False,
-    ) -> tuple[float, ...]:
-        """One number for all, or a list of `length` (nullable: null there is no limit)."""
-        value, path = self._data[name], f"{self._prefix}{name}"
-        if not isinstance(value, list):
-            return (_number(value, path, lowest, above),) * length
-        if len(value) != length:
-            raise ProblemError(
-                path, f"want a number, or one per {unit} ({length}); got {len(value)}"
-            )
-        return tuple(
-            math.inf if nullable and item is None else _number(item, f"{path}[{i}]", lowest, above)
-            for i, item in enumerate(value)
-        )
-
-
-def _number(value: Any, path: str, lowest: float, above: float) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if good and isinstance(value, int) and abs(value) > 10**15:
-        good = False  # beyond what a float holds exactly
-    if not good or not math.isfinite(value) or value < lowest or value <= above or value > 1e15:
-        least = f"above {above:g}" if above > -math.inf else f"of at least {lowest:g}"
-        raise ProblemError(path, f"want a number {least}, got {_show(value)}")
-    return float(value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _show(value: Any) -> str:
-    text = repr(value) if not isinstance(value, list | Mapping) else type(value).__name__
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _plain(value: float) -> float | int | None:
