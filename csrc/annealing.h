@@ -3,16 +3,17 @@
 //
 // A move swaps a random subtask with its neighbour on the device. The first annealing minimises the
 // makespan, the second the peak activation memory at a makespan that never gets worse. The random
-// number of the Metropolis rule is drawn before the move is evaluated: the worst value that it would
-// still accept is then known, and a swap is given up as soon as it must be worse.
+// number of the Metropolis rule is drawn before the move is evaluated: the worst value that it
+// would still accept is then known, and a swap is given up as soon as it must be worse.
 //
 // Invariants: no schedule ever exceeds the goal's limits unless the one at the start did; the best
-// makespan never grows; planned by moves alone, the result depends on network, goal, start, seed and
-// moves only, however the moves are cut into calls of `run`.
+// makespan never grows; planned by moves alone, the result depends on network, goal, start, seed
+// and moves only, however the moves are cut into calls of `run`.
 #pragma once
 
 #include <chrono>
 #include <cmath>
+#include <memory>
 
 #include "incremental.h"
 #include "random.h"
@@ -39,15 +40,14 @@ public:
     Annealing(const Annealing&) = delete;
     Annealing& operator=(const Annealing&) = delete;
 
-    // What the next annealing will get in all: the temperature falls over `moves`, whatever the
-    // clock says; over the seconds spent in `run` if `moves` is kUnplanned. To be called before
-    // each of the two annealings; calling it again heats up again.
+    // What each annealing will get in all: the temperature falls over `moves`, whatever the clock
+    // says, or over the seconds spent in `run` if `moves` is kUnplanned. Heats up (again). A
+    // search that is not planned cools down within a second.
     void plan(double seconds, std::int64_t moves) {
         planned_seconds_ = seconds;
         planned_moves_ = moves;
         spent_seconds_ = 0.0;
         spent_moves_ = 0;
-        temperature_ = 1.0;
     }
 
     // Goes on for at most `seconds` or `moves`; `tighten`: the second annealing, else the first.
@@ -72,8 +72,7 @@ public:
             }
             ++spent_moves_;
         }
-        spent_seconds_ =
-            before + std::chrono::duration<double>(Clock::now() - began).count();
+        spent_seconds_ = before + std::chrono::duration<double>(Clock::now() - began).count();
         moves_ += done;
         return done;
     }
@@ -90,11 +89,12 @@ public:
 private:
     static constexpr std::int64_t kBlock = 256;  // moves between two looks at clock and temperature
     // Temperatures, hot and cold. Of the first annealing in mean durations of a subtask; of the
-    // second in activations of a micro-batch.
-    static constexpr double kHotTime = HOT_T;
-    static constexpr double kColdTime = COLD_T;
-    static constexpr double kHotMemory = HOT_M;
-    static constexpr double kColdMemory = COLD_M;
+    // second in activations of a micro-batch. Tuned on the published instances in a few seconds
+    // each: a makespan is lost to one swap and found again by few, so the first stays cold.
+    static constexpr double kHotTime = 0.05;
+    static constexpr double kColdTime = 0.02;
+    static constexpr double kHotMemory = 0.3;
+    static constexpr double kColdMemory = 0.03;
 
     bool at_goal() const {
         return tighten_ ? best_.peak <= goal_.memory : best_.makespan <= goal_.makespan;
@@ -106,6 +106,7 @@ private:
         touched_ += current_->touched();
         current_ = std::make_unique<Incremental>(network_, best_);
         set_cap();
+        plan(planned_seconds_, planned_moves_);
     }
 
     // Geometric cooling: from 1 to 0 in the share of the plan that is spent.
@@ -134,9 +135,9 @@ private:
         if (current_->makespan() < best_.makespan) best_ = current_->schedule();
     }
 
-    // The peak is the same for nearly all neighbours of a schedule. What is minimised is how far all
-    // subtasks together exceed a memory just below the best peak: it says how much is left to do,
-    // and the peak is lowered when it comes to nothing.
+    // The peak is the same for nearly all neighbours of a schedule. What is minimised is how far
+    // all subtasks together exceed a memory just below the best peak: it says how much is left to
+    // do, and the peak is lowered when it comes to nothing.
     void move_memory() {
         const int u = random_.below(network_.subtasks);
         const double allowed = draw_allowance();
@@ -182,7 +183,7 @@ private:
     std::int64_t planned_moves_ = kUnplanned;
     double spent_seconds_ = 0.0;  // since `plan`
     std::int64_t spent_moves_ = 0;
-    double temperature_ = 1.0;
+    double temperature_ = 0.0;
     std::int64_t moves_ = 0;
     std::int64_t accepted_ = 0;
     std::int64_t touched_ = 0;  // by orders that are no longer current

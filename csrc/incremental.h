@@ -7,15 +7,18 @@
 // computed, and a swap that must exceed the limit is given up at the first subtask that proves it.
 //
 // A swap of u with its successor v closes a cycle if and only if another path leads from u to v.
-// All on that path started before v could, and after the swap they must start after v ends: they all
-// move, so the pass arrives at v again if and only if there is a cycle, before it has visited
+// All on that path started before v could, and after the swap they must start after v ends: they
+// all move, so the pass arrives at v again if and only if there is a cycle, before it has visited
 // anything that started after v.
 //
+// In a tight schedule a swap may still move a good part of what comes after it: what pays is the
+// limit. The closer it is to the current makespan, the fewer subtasks are visited.
+//
 // Invariants: starts, levels and makespan are those of the current orders (`full_evaluation`
-// computes them anew); a swap that is refused leaves no trace; every stream is in micro-batch order.
+// computes them anew); a swap that is refused leaves no trace; every stream is in micro-batch
+// order.
 #pragma once
 
-#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -30,10 +33,9 @@ public:
     Incremental(const Network& network, const Schedule& schedule) : network_(network) {
         make_nodes();
         if (static_cast<int>(schedule.start.size()) != network.subtasks) {
-            throw std::invalid_argument("schedule: it has " +
-                                        std::to_string(schedule.start.size()) +
-                                        " subtasks, the network " +
-                                        std::to_string(network.subtasks));
+            throw std::invalid_argument(
+                "schedule: it has " + std::to_string(schedule.start.size()) +
+                " subtasks, the network " + std::to_string(network.subtasks));
         }
         set_orders(sorted_orders(schedule.start));
     }
@@ -79,8 +81,8 @@ public:
     }
 
     // False if a swap of `u` with its neighbour is pointless or obviously impossible: there is no
-    // neighbour, it is of the same stream (identical micro-batches), or it waits for `u` directly or
-    // through one other subtask.
+    // neighbour, it is of the same stream (identical micro-batches), or it waits for `u` directly
+    // or through one other subtask.
     bool may_swap(int u) const {
         const int v = nodes_[u].next;
         if (v < 0 || nodes_[v].stream == nodes_[u].stream) return false;
@@ -189,8 +191,7 @@ private:
                 throw std::invalid_argument("stream " + std::to_string(s) +
                                             ": its duration must be positive");
             }
-            way_out_[stream.device] =
-                std::min(way_out_[stream.device], tails[s] - stream.duration);
+            way_out_[stream.device] = std::min(way_out_[stream.device], tails[s] - stream.duration);
             for (int k = 0; k < stream.count; ++k) {
                 Node& node = nodes_[stream.first + k];
                 node.duration = stream.duration;
@@ -266,9 +267,9 @@ private:
             for (const int o : orders[device]) {
                 const bool known = o >= 0 && o < network_.subtasks && nodes_[o].device == device;
                 if (!known || stream_of(o).first + head[nodes_[o].stream]++ != o) {
-                    throw std::invalid_argument(
-                        "orders: device " + std::to_string(device) + ": subtask " +
-                        std::to_string(o) + " is repeated, out of order or not of this device");
+                    throw std::invalid_argument("orders: device " + std::to_string(device) +
+                                                ": subtask " + std::to_string(o) +
+                                                " is repeated, out of order or elsewhere");
                 }
                 ++total;
             }
@@ -333,10 +334,7 @@ private:
             queue_successors(u);
         }
         while (within && !cyclic_ && !queue_.empty()) {
-            const int o = queue_.front().second;
-            std::pop_heap(queue_.begin(), queue_.end(), std::greater<>{});
-            queue_.pop_back();
-            queued_[o] = 0;
+            const int o = pop();
             const Time start = earliest(o);
             if (start == nodes_[o].start) continue;
             within = move(o, start, limit);
@@ -386,7 +384,19 @@ private:
         if (queued_[o] || earliest(o) == nodes_[o].start) return;
         queued_[o] = 1;
         queue_.emplace_back(nodes_[o].start, o);
-        std::push_heap(queue_.begin(), queue_.end(), std::greater<>{});
+        std::push_heap(queue_.begin(), queue_.end(), later);
+    }
+
+    int pop() {
+        std::pop_heap(queue_.begin(), queue_.end(), later);
+        const int o = queue_.back().second;
+        queue_.pop_back();
+        queued_[o] = 0;
+        return o;
+    }
+
+    static bool later(const std::pair<Time, int>& one, const std::pair<Time, int>& other) {
+        return one.first > other.first;
     }
 
     // Keeps the latest end of all devices as the root of a tournament of the last subtasks.

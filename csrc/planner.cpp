@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "annealing.h"
 #include "greedy.h"
 #include "search.h"
 
@@ -85,6 +86,29 @@ void require_limits(const Network& network, const std::vector<Memory>& limits) {
     require(static_cast<int>(limits.size()) == network.devices, "one limit per device");
 }
 
+// For benchmarks: tries random swaps of neighbours from `start`, none of which may lengthen it by
+// more than `slack`; `full`: evaluates each from scratch besides. Returns the swaps evaluated,
+// those applied, the subtasks whose start was recomputed, and the seconds taken.
+std::tuple<std::int64_t, std::int64_t, std::int64_t, double> try_swaps(
+    const Network& network, const ScheduleRow& start, std::int64_t swaps, Time slack,
+    std::uint64_t seed, bool full) {
+    Incremental orders(network, from_row(network, start));
+    Random random(seed);
+    std::vector<Time> starts;
+    const Time limit = orders.makespan() + slack;
+    std::int64_t applied = 0;
+    const auto began = std::chrono::steady_clock::now();
+    for (std::int64_t done = 0; done < swaps;) {
+        const int subtask = random.below(network.subtasks);
+        if (!orders.may_swap(subtask)) continue;
+        applied += orders.try_swap(subtask, limit);
+        if (full) orders.full_evaluation(starts);
+        ++done;
+    }
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+    return {swaps, applied, orders.touched(), took.count()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
@@ -122,6 +146,27 @@ PYBIND11_MODULE(_planner, m) {
         .def("best", [](const Search& search) { return to_row(search.best()); })
         .def_property_readonly("at_bound", &Search::at_bound)
         .def_property_readonly("done", &Search::done);
+
+    py::class_<Annealing>(m, "Annealing")
+        .def(py::init([](const Network& network, Time makespan, Memory memory,
+                         const std::vector<Memory>& limits, const ScheduleRow& start,
+                         std::uint64_t seed, double seconds, std::int64_t moves) {
+                 require_limits(network, limits);
+                 auto annealing = std::make_unique<Annealing>(
+                     network, Goal{makespan, memory, limits}, from_row(network, start), seed);
+                 annealing->plan(seconds, moves);
+                 return annealing;
+             }),
+             py::arg("network"), py::arg("makespan"), py::arg("memory"), py::arg("limits"),
+             py::arg("start"), py::arg("seed"), py::arg("seconds"), py::arg("moves"))
+        .def("run", &Annealing::run, py::arg("seconds"), py::arg("moves"), py::arg("tighten"),
+             py::call_guard<py::gil_scoped_release>())
+        .def("best", [](const Annealing& annealing) { return to_row(annealing.best()); });
+    m.attr("UNPLANNED") = Annealing::kUnplanned;
+
+    m.def("try_swaps", &try_swaps, py::arg("network"), py::arg("start"), py::arg("swaps"),
+          py::arg("slack"), py::arg("seed"), py::arg("full"),
+          py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace rlhfuse

@@ -68,7 +68,11 @@ private:
     static constexpr int kFreshStarts = 12;  // random list schedules of which the best is walked
     static constexpr int kFreshTurns = 6;    // turns each of them gets
     static constexpr int kRepairTurns = 2;   // turns that a worsened schedule gets to recover
-    static constexpr int kPatience = 400;    // steps without gain before a walk is given up
+    // Steps without gain before a walk is given up: few at first, more after every walk that fails.
+    // Restarts are cheap where schedules are plenty, and long walks are needed where they are rare.
+    static constexpr double kShortest = 60;
+    static constexpr double kLongest = 2000;
+    static constexpr double kGrowth = 1.3;
 
     void begin() {
         walking_ = true;
@@ -77,6 +81,7 @@ private:
             cap_ = kNoLimit;
             apply_cap();
             start_fresh();
+            settle();
             return;
         }
         const Memory room = found_.peak - 1 - goal_.memory;
@@ -106,7 +111,10 @@ private:
         stalled_ = trial_.makespan < current_.makespan ? 0 : stalled_ + 1;
         if (trial_.makespan <= current_.makespan) std::swap(current_, trial_);
         settle();
-        if (stalled_ > kPatience) walking_ = false;
+        if (stalled_ > patience_) {
+            walking_ = false;
+            patience_ = std::min(kLongest, patience_ * kGrowth);
+        }
     }
 
     // Worse than the current schedule, but not failed: further turns may repair it.
@@ -123,6 +131,7 @@ private:
         if (better(current_, found_)) found_ = current_;
         if (!tighten_ || current_.makespan > target_) return;
         stalled_ = 0;
+        patience_ = kShortest;
         const double share = random_.unit();
         const double room = double(std::max<Memory>(0, current_.peak - 1 - goal_.memory));
         cap_ = current_.peak - 1 - static_cast<Memory>(0.3 * share * share * share * room);
@@ -258,6 +267,7 @@ private:
     bool tighten_ = false;
     bool walking_ = false;
     int stalled_ = 0;
+    double patience_ = kShortest;
     std::int64_t turns_ = 0;
 };
 

@@ -35,3 +35,25 @@ class Search:
     def at_bound(self) -> bool: ...
     @property
     def done(self) -> bool: ...
+
+UNPLANNED: int
+"""Number of moves of an annealing that cools by the clock."""
+
+class Annealing:
+    def __init__(
+        self,
+        network: Network,
+        makespan: int,
+        memory: int,
+        limits: list[int],
+        start: ScheduleRow,
+        seed: int,
+        seconds: float,
+        moves: int,
+    ) -> None: ...
+    def run(self, seconds: float, moves: int, tighten: bool) -> int: ...
+    def best(self) -> ScheduleRow: ...
+
+def try_swaps(
+    network: Network, start: ScheduleRow, swaps: int, slack: int, seed: int, full: bool
+) -> tuple[int, int, int, float]: ...

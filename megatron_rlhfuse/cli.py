@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -34,6 +35,25 @@ COMMANDS = {
         "megatron_rlhfuse.doctor", "check the versions and the machine of this installation"
     ),
 }
+
+
+def positive_seconds(text: str) -> float:
+    """The type of a flag that takes a time."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"want a number of seconds above 0, got {text}")
+    return value
+
+
+def whole_number(lowest: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of at least `lowest`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not text.isascii() or int(text[:19]) < lowest or len(text) > 18:
+            raise argparse.ArgumentTypeError(f"want a whole number from {lowest}, got {text[:40]}")
+        return int(text)
+
+    return parse
 
 
 class _Parser(argparse.ArgumentParser):

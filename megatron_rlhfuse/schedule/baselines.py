@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from megatron_rlhfuse.schedule.errors import ScheduleError
-from megatron_rlhfuse.schedule.evaluate import evaluate
+from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
 from megatron_rlhfuse.schedule.order import Order, Subtask, order_to_tokens, parse_order
 from megatron_rlhfuse.schedule.problem import Model, Problem
 from megatron_rlhfuse.schedule.streams import (
@@ -32,6 +32,27 @@ def serial_1f1b(problem: Problem) -> float:
     A model with uniform stages, one pipeline and no transfer cost takes (M + N - 1) (F + B).
     """
     return _serial_makespan(merge_backward(problem), one_f_one_b)
+
+
+def serial_timeline(problem: Problem) -> Timeline:
+    """The schedule of `serial_1f1b`, to be looked at: a model starts when the one before ends.
+
+    Its starts are later than `evaluate` would have them, for the flush between the models.
+    """
+    merged = merge_backward(problem)
+    order: Order = [[] for _ in range(problem.devices)]
+    start: list[list[float]] = [[] for _ in range(problem.devices)]
+    peaks = [0.0] * problem.devices
+    makespan = 0.0
+    for m, model in enumerate(merged.models):
+        alone = replace(merged, models=(model,))
+        timeline = evaluate(alone, one_f_one_b(alone))
+        for device, row in enumerate(timeline.order):
+            order[device] += [subtask._replace(model=m) for subtask in row]
+            start[device] += [makespan + time for time in timeline.start[device]]
+            peaks[device] = max(peaks[device], timeline.peak_activation[device])
+        makespan += timeline.makespan
+    return Timeline(merged, order, start, makespan, peaks)
 
 
 def one_f_one_b(problem: Problem) -> Order:

@@ -31,11 +31,13 @@ class ProblemError(ScheduleError):
 
     Attributes:
         field: the path of the field, such as `models[1].pipelines[0]`
+        reason: the rest of the message
     """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = escape(field)
+        self.reason = message
 
 
 class InfeasibleError(ScheduleError):

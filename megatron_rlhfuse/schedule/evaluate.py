@@ -21,6 +21,9 @@ from megatron_rlhfuse.schedule.errors import OrderError
 from megatron_rlhfuse.schedule.order import Order, Subtask, order_to_tokens
 from megatron_rlhfuse.schedule.problem import Problem
 
+ROUNDING = 1e-9
+"""Relative: how far sums of the same numbers may differ, at most, for their order."""
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -43,6 +46,14 @@ class Timeline:
         subtask = self.order[device][position]
         model = self.problem.models[subtask.model]
         return self.start[device][position] + model.duration(subtask.kind, subtask.stage)
+
+    def over_limit(self) -> int | None:
+        """The first device whose peak is above its memory limit, if there is one."""
+        limits = self.problem.memory_limit
+        for device, (peak, limit) in enumerate(zip(self.peak_activation, limits, strict=True)):
+            if peak > limit * (1 + ROUNDING):
+                return device
+        return None
 
     def bubble_fraction(self) -> float:
         """Idle share of all devices' time until the makespan."""

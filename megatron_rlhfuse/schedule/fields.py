@@ -15,6 +15,9 @@ from megatron_rlhfuse.schedule.errors import ProblemError, show, show_name
 MAX_COUNT = 4_000_000
 """Larger counts are refused: no file needs one, and a typo is likelier."""
 
+HIGHEST = 1e15
+"""Up to here a float holds every whole number."""
+
 
 class Fields:
     """The fields of one JSON object, read with checks that name the path."""
@@ -73,8 +76,15 @@ class Fields:
             )
         return value
 
-    def number(self, name: str, *, lowest: float = -math.inf, above: float = -math.inf) -> float:
-        return _number(self._data[name], self.path(name), lowest, above)
+    def number(
+        self,
+        name: str,
+        *,
+        lowest: float = -math.inf,
+        above: float = -math.inf,
+        highest: float = HIGHEST,
+    ) -> float:
+        return _number(self._data[name], self.path(name), lowest, above, highest)
 
     def numbers(
         self,
@@ -84,29 +94,33 @@ class Fields:
         *,
         lowest: float = -math.inf,
         above: float = -math.inf,
+        highest: float = HIGHEST,
         nullable: bool = False,
     ) -> tuple[float, ...]:
         """One number for all, or a list of `length` (nullable: null there is no limit)."""
         value, path = self._data[name], self.path(name)
         if not isinstance(value, list):
-            return (_number(value, path, lowest, above),) * length
+            return (_number(value, path, lowest, above, highest),) * length
         if len(value) != length:
             raise ProblemError(
                 path, f"want a number, or one per {unit} ({length}); got {len(value)}"
             )
         return tuple(
-            math.inf if nullable and item is None else _number(item, f"{path}[{i}]", lowest, above)
+            math.inf
+            if nullable and item is None
+            else _number(item, f"{path}[{i}]", lowest, above, highest)
             for i, item in enumerate(value)
         )
 
 
-def _number(value: Any, path: str, lowest: float, above: float) -> float:
+def _number(value: Any, path: str, lowest: float, above: float, highest: float) -> float:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if good and isinstance(value, int) and abs(value) > 10**15:
-        good = False  # beyond what a float holds exactly
-    if not good or not math.isfinite(value) or value < lowest or value <= above or value > 1e15:
+    if good and isinstance(value, int) and abs(value) > 10**300:
+        good = False  # no float
+    if not good or not math.isfinite(value) or not (lowest <= value <= highest and value > above):
         least = f"above {above:g}" if above > -math.inf else f"of at least {lowest:g}"
-        raise ProblemError(path, f"want a number {least}, got {show(value)}")
+        most = f" and at most {highest:g}" if highest < math.inf else ""
+        raise ProblemError(path, f"want a number {least}{most}, got {show(value)}")
     return float(value)
 
 

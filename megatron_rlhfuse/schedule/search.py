@@ -12,7 +12,9 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_rlhfuse import _planner
 from megatron_rlhfuse.schedule.baselines import one_f_one_b
@@ -31,16 +33,22 @@ SLICE_SECONDS = 0.2
 SLICE_TURNS = 64 * WALKS
 """Turns between two reports where turns bound the search."""
 
+SLICE_SWAPS = 100_000
+"""The same for an annealing, whose steps are much smaller."""
+
 MAKESPAN_SHARE = 0.5
 """Share of the budget after which the search turns to memory though the bound is not met."""
 
 
+class StopSearch(Exception):  # noqa: N818, it is a request, not an error
+    """Raised by a `progress` callback: the search returns the best plan so far."""
+
+
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is: best so far, in the user's units."""
+    """How far a search is: the best so far, in the problem's units."""
 
     seconds: float
-    turns: int
     makespan: float
     peak_activation: float
     lower_bound: float
@@ -55,7 +63,7 @@ class Result:
         greedy: the makespan of the greedy plan
         lower_bound: no plan is shorter
         least_memory: no plan of at most this makespan has a lower peak
-        turns: list schedules made, in pairs of one backwards and one forwards
+        turns: steps of the search, in its `unit`
     """
 
     timeline: Timeline
@@ -64,6 +72,18 @@ class Result:
     least_memory: float
     seconds: float
     turns: int
+    unit: str
+
+
+class _Engine(Protocol):
+    """What the searches of `_planner` have in common."""
+
+    def run(self, threads: int, seconds: float, turns: int, tighten: bool) -> int: ...
+    def best(self) -> ScheduleRow: ...
+    @property
+    def at_bound(self) -> bool: ...
+    @property
+    def done(self) -> bool: ...
 
 
 def greedy(problem: Problem) -> Timeline:
@@ -85,9 +105,10 @@ def search(
     stop_at_bound: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
-    """The best plan found within `seconds` or `iterations` (turns of the walks), whichever ends.
+    """The best plan found within `seconds` or `iterations`, whichever ends first.
 
-    Bounded by iterations alone the result depends on problem, seed and iterations only.
+    An iteration is a turn of a walk: two list schedules, one backwards and one forwards. Bounded
+    by iterations alone, the result depends on problem, seed and iterations only.
 
     Args:
         threads: all cores by default
@@ -96,21 +117,99 @@ def search(
     Raises InfeasibleError if the memory limits do not admit one micro-batch of every pipeline
     alone, ScheduleError for a budget that is none.
     """
-    began = time.monotonic()
-    if seconds is None and iterations is None:
-        raise ScheduleError("search: want a budget, seconds or iterations")
-    budget = _Budget(began, math.inf if seconds is None else seconds, iterations)
+    budget = _Budget(seconds, iterations, SLICE_TURNS)
     threads = threads or os.cpu_count() or 1
     ticked = to_network(problem)
     first = _greedy(ticked)
-    goal = int(lower_bound(ticked.ticks))
-    floor = int(least_memory(ticked.ticks, goal))
+    goal, floor = _goal(ticked)
     walks = WALKS if seconds is None else threads
     engine = _planner.Search(ticked.network, goal, floor, ticked.limits, seed, walks)
     engine.offer(first)
     fallback = ticked.row(one_f_one_b(problem))
-    if _keeps_limits(ticked, fallback):
+    if ticked.timeline(fallback).over_limit() is None:
         engine.offer(fallback)
+    _drive(engine, ticked, budget, threads, stop_at_bound, progress)
+    return _result(engine, ticked, first, budget, "turns")
+
+
+def anneal(
+    problem: Problem,
+    *,
+    seconds: float | None = None,
+    iterations: int | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    stop_at_bound: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    """The paper's search, to compare with: two simulated annealings from the greedy plan.
+
+    RLHFuse (NSDI '25), section 5.3: random swaps of neighbours on a device; the first annealing
+    shortens the makespan, the second lowers the peak memory and never lengthens it. An iteration
+    is a swap tried. Arguments and errors as in `search`; with `seconds` each of `threads` anneals
+    by itself, from another seed, and the best is taken; else one anneals.
+    """
+    budget = _Budget(seconds, iterations, SLICE_SWAPS)
+    threads = threads or os.cpu_count() or 1
+    ticked = to_network(problem)
+    first = _greedy(ticked)
+    goal, floor = _goal(ticked)
+    half = _planner.UNPLANNED if iterations is None else max(1, iterations // 2)
+    chains = [
+        _planner.Annealing(
+            ticked.network,
+            goal,
+            floor,
+            ticked.limits,
+            first,
+            seed + chain,
+            1.0 if seconds is None else seconds * MAKESPAN_SHARE,
+            half,
+        )
+        for chain in range(1 if seconds is None else threads)
+    ]
+    with ThreadPoolExecutor(len(chains)) as pool:
+        engine = _Chains(chains, pool, goal, floor)
+        _drive(engine, ticked, budget, threads, stop_at_bound, progress)
+    return _result(engine, ticked, first, budget, "swaps")
+
+
+class _Chains:
+    """Annealings side by side, as one engine."""
+
+    def __init__(
+        self, chains: list[_planner.Annealing], pool: Executor, makespan: int, memory: int
+    ) -> None:
+        self._chains = chains
+        self._pool = pool
+        self._goal = makespan, memory
+
+    def run(self, threads: int, seconds: float, turns: int, tighten: bool) -> int:
+        share = max(1, turns // len(self._chains))
+        return sum(self._pool.map(lambda chain: chain.run(seconds, share, tighten), self._chains))
+
+    def best(self) -> ScheduleRow:
+        return min((chain.best() for chain in self._chains), key=lambda row: row[1:])
+
+    @property
+    def at_bound(self) -> bool:
+        return self.best()[1] <= self._goal[0]
+
+    @property
+    def done(self) -> bool:
+        return self.best()[1:] <= self._goal
+
+
+def _drive(
+    engine: _Engine,
+    ticked: TickedProblem,
+    budget: _Budget,
+    threads: int,
+    stop_at_bound: bool,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Runs the engine until its goal is met or the budget is spent: makespan first, then memory."""
+    bound = lower_bound(ticked.problem)
 
     def run(tighten: bool, share: float) -> None:
         while not budget.spent(share) and not (engine.done if tighten else engine.at_bound):
@@ -119,34 +218,50 @@ def search(
                 _, makespan, peak = engine.best()
                 progress(
                     Progress(
-                        seconds=time.monotonic() - began,
-                        turns=budget.turns,
+                        seconds=budget.elapsed(),
                         makespan=makespan * ticked.time_unit,
                         peak_activation=peak * ticked.memory_unit,
-                        lower_bound=goal * ticked.time_unit,
+                        lower_bound=bound,
                     )
                 )
 
-    run(tighten=False, share=1.0 if stop_at_bound else MAKESPAN_SHARE)
-    if not stop_at_bound:
-        run(tighten=True, share=1.0)
+    try:
+        run(tighten=False, share=1.0 if stop_at_bound else MAKESPAN_SHARE)
+        if not stop_at_bound:
+            run(tighten=True, share=1.0)
+    except StopSearch:
+        pass
+
+
+def _result(
+    engine: _Engine, ticked: TickedProblem, first: ScheduleRow, budget: _Budget, unit: str
+) -> Result:
     timeline = ticked.timeline(engine.best())
     return Result(
         timeline=timeline,
         greedy=ticked.timeline(first).makespan,
-        lower_bound=lower_bound(problem),
-        least_memory=least_memory(problem, timeline.makespan),
-        seconds=time.monotonic() - began,
+        lower_bound=lower_bound(ticked.problem),
+        least_memory=least_memory(ticked.problem, timeline.makespan),
+        seconds=budget.elapsed(),
         turns=budget.turns,
+        unit=unit,
     )
 
 
-@dataclass
 class _Budget:
-    began: float
-    seconds: float
-    iterations: int | None
-    turns: int = 0
+    """What may still be spent, in seconds and in steps of the search."""
+
+    def __init__(self, seconds: float | None, turns: int | None, slice_turns: int) -> None:
+        if seconds is None and turns is None:
+            raise ScheduleError("search: want a budget, seconds or iterations")
+        self._began = time.monotonic()
+        self._seconds = math.inf if seconds is None else seconds
+        self._most_turns = turns
+        self._slice_turns = slice_turns
+        self.turns = 0
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
 
     def spent(self, share: float) -> bool:
         seconds, turns = self._left(share)
@@ -155,15 +270,21 @@ class _Budget:
     def slice(self, share: float) -> tuple[float, int]:
         """Seconds and turns until the next report."""
         seconds, turns = self._left(share)
-        if math.isinf(self.seconds):
-            return math.inf, min(turns, SLICE_TURNS)
+        if math.isinf(self._seconds):
+            return math.inf, min(turns, self._slice_turns)
         return min(seconds, SLICE_SECONDS), turns
 
     def _left(self, share: float) -> tuple[float, int]:
-        seconds = self.seconds * share - (time.monotonic() - self.began)
-        if self.iterations is None:
+        seconds = self._seconds * share - self.elapsed()
+        if self._most_turns is None:
             return seconds, 2**62
-        return seconds, math.ceil(self.iterations * share) - self.turns
+        return seconds, math.ceil(self._most_turns * share) - self.turns
+
+
+def _goal(ticked: TickedProblem) -> tuple[int, int]:
+    """The lower bounds of makespan and of peak memory at that makespan, in ticks."""
+    goal = lower_bound(ticked.ticks)
+    return int(goal), int(least_memory(ticked.ticks, goal))
 
 
 def _greedy(ticked: TickedProblem) -> ScheduleRow:
@@ -171,11 +292,3 @@ def _greedy(ticked: TickedProblem) -> ScheduleRow:
     if row[1] == _planner.FAILED:
         raise InfeasibleError("memory_limit: no schedule was found under it")
     return row
-
-
-def _keeps_limits(ticked: TickedProblem, row: ScheduleRow) -> bool:
-    timeline = ticked.timeline(row)
-    return all(
-        peak <= limit
-        for peak, limit in zip(timeline.peak_activation, ticked.problem.memory_limit, strict=True)
-    )

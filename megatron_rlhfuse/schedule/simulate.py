@@ -18,7 +18,7 @@ from megatron_rlhfuse.schedule.bounds import lower_bound
 from megatron_rlhfuse.schedule.cluster import Cluster, plan_cluster
 from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.estimate import split_layers
-from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
+from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
 from megatron_rlhfuse.schedule.layout import Placement
 from megatron_rlhfuse.schedule.order import Order
 from megatron_rlhfuse.schedule.presets import TransformerShape
@@ -28,8 +28,6 @@ from megatron_rlhfuse.schedule.search import greedy, search
 SERIAL, SEARCHED = "serial 1F1B", "searched fused"
 BACK_TO_BACK, GREEDY = "back-to-back 1F1B", "greedy fused"
 INTERLEAVED, ZB_H1 = "serial interleaved 1F1B", "serial ZB-H1"
-
-_ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Simulation:
     def fits(self, run: Run) -> bool:
         """Whether no GPU runs out of memory."""
         return all(
-            peak <= limit * _ROUNDING
+            peak <= limit * (1 + ROUNDING)
             for peak, limit in zip(run.peak, self.problem.memory_limit, strict=True)
         )
 

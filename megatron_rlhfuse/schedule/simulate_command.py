@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rlhfuse.cli import Refuse
+from megatron_rlhfuse.cli import Refuse, positive_seconds, whole_number
 from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.schedule.cluster import load_cluster
 from megatron_rlhfuse.schedule.errors import ScheduleError
@@ -51,13 +50,24 @@ _COLUMNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER.json", type=Path, help="the cluster")
     parser.add_argument(
-        "--seconds", metavar="S", type=_positive, default=10.0, help="time to search (default: 10)"
+        "--seconds",
+        metavar="S",
+        type=positive_seconds,
+        default=10.0,
+        help="time to search (default: 10)",
     )
     parser.add_argument(
-        "--threads", metavar="T", type=_count, help="threads of the search (default: all cores)"
+        "--threads",
+        metavar="T",
+        type=whole_number(1),
+        help="threads of the search (default: all cores)",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=_seed, default=0, help="seed of the search (default: 0)"
+        "--seed",
+        metavar="N",
+        type=whole_number(0),
+        default=0,
+        help="seed of the search (default: 0)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers as JSON")
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the times as bars")
@@ -203,25 +213,3 @@ def _title(simulation: Simulation) -> str:
 def _span(values: tuple[float, ...]) -> str:
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low} to {high}"
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"want a number of seconds above 0, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, lowest: int) -> int:
-    value = int(text)
-    if value < lowest:
-        raise argparse.ArgumentTypeError(f"want a whole number from {lowest}, got {text}")
-    return value

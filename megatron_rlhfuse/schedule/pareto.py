@@ -1,0 +1,73 @@
+"""The trade between time and memory: plans of which none is better in both.
+
+Every point is a search of its own under a cap on the activation memory of all devices, from the
+least that any schedule needs up to what the shortest plan takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from megatron_rlhfuse.schedule.bounds import least_memory
+from megatron_rlhfuse.schedule.errors import InfeasibleError
+from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
+from megatron_rlhfuse.schedule.problem import Problem
+from megatron_rlhfuse.schedule.search import Progress, search
+
+POINTS = 16
+"""Caps tried; the front has at most one point more."""
+
+FIRST_SHARE = 0.25
+"""Share of the budget for the shortest plan, whose memory ends the range of caps."""
+
+
+def pareto(
+    problem: Problem,
+    *,
+    seconds: float | None = None,
+    iterations: int | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Timeline]:
+    """Plans by rising makespan and falling peak memory; budgets as in `search`.
+
+    Raises what `search` raises.
+    """
+
+    def best_under(cap: float | None, share: float) -> Timeline:
+        capped = problem
+        if cap is not None:
+            limits = tuple(min(limit, cap) for limit in problem.memory_limit)
+            capped = replace(problem, memory_limit=limits)
+        found = search(
+            capped,
+            seconds=None if seconds is None else seconds * share,
+            iterations=None if iterations is None else max(1, round(iterations * share)),
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+        return evaluate(problem, found.timeline.order)
+
+    shortest = best_under(None, FIRST_SHARE)
+    found = [shortest]
+    highest = max(shortest.peak_activation)
+    lowest = least_memory(problem, sum(problem.work()))
+    for point in range(POINTS):
+        cap = lowest + (highest - lowest) * point / POINTS
+        try:
+            found.append(best_under(cap, (1 - FIRST_SHARE) / POINTS))
+        except InfeasibleError:
+            continue  # the cap is below what the first micro-batch of some pipeline takes
+    return front(found)
+
+
+def front(timelines: list[Timeline]) -> list[Timeline]:
+    """Those that no other beats in makespan or peak memory without losing in the other."""
+    kept: list[Timeline] = []
+    for timeline in sorted(timelines, key=lambda t: (t.makespan, max(t.peak_activation))):
+        if not kept or max(timeline.peak_activation) < max(kept[-1].peak_activation):
+            kept.append(timeline)
+    return kept
