@@ -12,7 +12,7 @@ TOY := build/toy
 TESTS := $(wildcard tests/unit tests/distributed tests/e2e tests/gpu)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help install test lint format toy demo bench picture clean
+.PHONY: help install test lint format toy demo bench benchplan picture clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,7 +48,12 @@ demo: install toy ## PPO on the toy models with two vLLM engines; ends with its 
 bench: install toy ## seconds per stage of an iteration, as one JSON line (ARGS="--iterations 5")
 	$(PY) benchmarks/iteration.py $(ARGS)
 
-picture: install toy ## the README's timeline, from a run of the benchmark
+benchplan: install ## plan the published instances, a JSON line each (ARGS="--seconds 5")
+	$(PY) benchmarks/plan.py $(ARGS)
+
+picture: install toy ## the README's pictures: a fused plan, a run's timeline
+	$(VENV)/bin/rlhfuse plan examples/problems/published-05.json --iterations 5000 \
+	    --png docs/images/fusion.png
 	rm -rf runs/picture
 	$(PY) benchmarks/iteration.py --iterations 3 --run-dir runs/picture
 	$(VENV)/bin/rlhfuse report runs/picture

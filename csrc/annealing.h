@@ -4,7 +4,7 @@
 // A move swaps a random subtask with its neighbour on the device. The first annealing minimises the
 // makespan, the second the peak activation memory at a makespan that never gets worse. The random
 // number of the Metropolis rule is drawn before the move is evaluated: the worst value that it
-// would still accept is then known, and a swap is given up as soon as it must be worse.
+// would still accept is then known, and a swap that must be worse is refused without being made.
 //
 // Invariants: no schedule ever exceeds the goal's limits unless the one at the start did; the best
 // makespan never grows; planned by moves alone, the result depends on network, goal, start, seed
@@ -81,7 +81,7 @@ public:
     std::int64_t moves() const { return moves_; }
     std::int64_t accepted() const { return accepted_; }
 
-    // Subtasks given a new start, by accepted and refused moves.
+    // Heads and tails recomputed, see Incremental.
     std::int64_t touched() const { return touched_ + current_->touched(); }
 
     static constexpr std::int64_t kUnplanned = std::numeric_limits<std::int64_t>::max();

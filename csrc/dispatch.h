@@ -37,13 +37,12 @@ public:
         const auto streams = network.streams.size();
         head_.resize(streams);
         ready_.resize(streams);
+        fits_.resize(streams);
         allocators_.resize(network.devices);
         in_flight_.resize(network.slots);
-        allocator_of_.assign(network.slots, -1);
         for (int s = 0; s < static_cast<int>(streams); ++s) {
             if (network.streams[s].acquires) {
                 allocators_[network.streams[s].device].push_back(s);
-                allocator_of_[network.streams[s].slot] = s;
             }
         }
         free_.resize(network.devices);
@@ -68,7 +67,11 @@ public:
         std::fill(due_.begin(), due_.end(), kNever);
         queue_.clear();
         for (std::size_t s = 0; s < head_.size(); ++s) ready_[s] = find_ready(static_cast<int>(s));
-        for (int device = 0; device < network_.devices; ++device) queue_up(device);
+        std::fill(fits_.begin(), fits_.end(), 1);
+        for (int device = 0; device < network_.devices; ++device) {
+            refresh_fits(device);
+            queue_up(device);
+        }
         int left = network_.subtasks;
         while (!queue_.empty()) {
             const auto [time, device] = queue_.front();
@@ -135,9 +138,16 @@ private:
         return needed <= cap;
     }
 
+    // What fits on a device changes only when it executes something.
+    void refresh_fits(int device) {
+        for (const int s : allocators_[device]) {
+            fits_[s] = head_[s] < network_.streams[s].count && fits(s);
+        }
+    }
+
     Time earliest(int s, int device) const {
         if (ready_[s] == kNever) return kNever;
-        if (network_.streams[s].acquires && !fits(s)) return kNever;
+        if (!fits_[s]) return kNever;
         return std::max(ready_[s], free_[device]);
     }
 
@@ -202,6 +212,7 @@ private:
             used_[device] -= stream.activation;
             --in_flight_[stream.slot];
         }
+        refresh_fits(device);
         return free_[device];
     }
 
@@ -210,10 +221,10 @@ private:
     const std::vector<Memory>* caps_ = nullptr;
     const Policy* policy_ = nullptr;
     std::vector<Time>* start_ = nullptr;
-    std::vector<int> head_;                     // next subtask of each stream
-    std::vector<Time> ready_;                   // when it is ready
-    std::vector<int> in_flight_;                // micro-batches that hold memory, per slot
-    std::vector<int> allocator_of_;             // the stream of a slot that takes memory
+    std::vector<int> head_;       // next subtask of each stream
+    std::vector<Time> ready_;     // when it is ready
+    std::vector<char> fits_;      // whether the head of each stream fits into the memory
+    std::vector<int> in_flight_;  // micro-batches that hold memory, per slot
     std::vector<std::vector<int>> allocators_;  // such streams, per device
     std::vector<Time> free_;                    // end of the last subtask of each device
     std::vector<Memory> used_;

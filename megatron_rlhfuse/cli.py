@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from megatron_rlhfuse.schedule.errors import escape
+
 Refuse = Callable[[str], NoReturn]
 
 
@@ -62,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
         self.refuse(f"{message} (see {self.prog} --help)")
 
     def refuse(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {escape(message)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

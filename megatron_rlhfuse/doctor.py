@@ -44,6 +44,7 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
         check_python(sys.version_info[:3]),
         *(check_package(name) for name in versions.TESTED),
         check_megatron_training(),
+        check_planner(),
         *(check_optional(name) for name in versions.OPTIONAL),
         check_device(),
         check_shared_memory(SHARED_MEMORY),
@@ -89,6 +90,16 @@ def check_megatron_training() -> Check:
     return Check(
         subject, "missing", "BAD", f"needs megatron-core's wheel for Python 3.12: {INSTALL}"
     )
+
+
+def check_planner() -> Check:
+    """The compiled schedule search, which `rlhfuse plan` and fused training need."""
+    subject = "schedule search"
+    try:
+        from megatron_rlhfuse import _planner
+    except ImportError as error:
+        return Check(subject, f"does not load: {error}", "BAD", f"to build csrc/, {INSTALL}")
+    return Check(subject, f"compiled ({Path(_planner.__file__).name})", "ok")
 
 
 def check_optional(name: str) -> Check:

@@ -112,6 +112,9 @@ if [ ! -e "$unfinished" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$expected" ] && 
     exit 0
 fi
 
+command -v "${CXX:-g++}" >/dev/null || die "${CXX:-g++}: no such compiler; csrc/ needs one for" \
+    "C++17 (Debian: apt-get install g++), or set CXX"
+
 began=$SECONDS
 log=$(mktemp) # making the environment clears its folder; afterwards the log lives there
 trap 'case $log in "$venv"/*) ;; *) rm -f "$log" ;; esac' EXIT

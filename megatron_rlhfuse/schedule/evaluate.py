@@ -101,14 +101,16 @@ def evaluate(problem: Problem, order: Sequence[Sequence[Subtask]]) -> Timeline:
 
 def predecessor(problem: Problem, subtask: Subtask) -> Subtask | None:
     """What must end before `subtask` in its own pipeline."""
-    stage = subtask.stage
-    if subtask.kind == "F":
-        return subtask._replace(stage=stage - 1) if stage else None
-    if subtask.kind == "W":
-        return subtask._replace(kind="B")
-    if stage == problem.models[subtask.model].stages - 1:
-        return subtask._replace(kind="F")
-    return subtask._replace(stage=stage + 1)
+    # Called for every subtask of every evaluation: the constructor is three times as fast as
+    # `_replace`.
+    model, pipeline, kind, micro_batch, stage = subtask
+    if kind == "F":
+        return Subtask(model, pipeline, "F", micro_batch, stage - 1) if stage else None
+    if kind == "W":
+        return Subtask(model, pipeline, "B", micro_batch, stage)
+    if stage == problem.models[model].stages - 1:
+        return Subtask(model, pipeline, "F", micro_batch, stage)
+    return Subtask(model, pipeline, "B", micro_batch, stage + 1)
 
 
 def memory_changes(problem: Problem, row: Sequence[Subtask]) -> list[tuple[float, float]]:

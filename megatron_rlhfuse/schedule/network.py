@@ -1,9 +1,10 @@
 """A problem in whole numbers, as the network of streams that the search in C++ works on.
 
 Times and activations become multiples of a common unit where they are decimal numbers that have
-one, so nothing is rounded and equal problems in other units are the same network. Measured times
-have none: they are rounded to a 2**-30th of the longest; activations are rounded up and limits
-down, so a schedule that keeps to the limits in ticks does so in truth.
+one, so nothing is rounded and equal problems in other units are the same network. Measured ones
+have none: they are rounded, to a 2**-30th of the largest or less. Activations are rounded up and
+limits down, half of the evaluator's tolerance above them: a schedule that keeps to the limits in
+ticks does so in truth, and a limit that is itself a sum of activations admits that sum.
 """
 
 from __future__ import annotations
@@ -16,15 +17,12 @@ from fractions import Fraction
 from megatron_rlhfuse import _planner
 from megatron_rlhfuse.schedule.decimals import as_decimal, common_unit
 from megatron_rlhfuse.schedule.errors import InfeasibleError
-from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
+from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
 from megatron_rlhfuse.schedule.order import Order, Subtask
 from megatron_rlhfuse.schedule.problem import Model, Problem
 
-RESOLUTION = 2**30
-"""Ticks of the longest time, where times have no common unit."""
-
-MOST_TICKS = 2**40
-"""Of the longest time: sums over all subtasks stay far below 2**62."""
+TOTAL_TICKS = 2**52
+"""Of all subtasks, were each as long as the longest: sums are exact in floats too."""
 
 ScheduleRow = tuple[list[int], int, int]
 """Start of each subtask, makespan and peak activation, in ticks; as `_planner` gives it."""
@@ -88,14 +86,11 @@ def to_network(problem: Problem) -> TickedProblem:
     for model in problem.models:
         times += [*model.forward, *model.backward, *(model.weight_gradient or ())]
         sizes += model.activation
-    time_unit = _unit(times)
-    limits = [limit for limit in problem.memory_limit if not math.isinf(limit)]
-    memory_unit = _unit([*sizes, *limits] if _unit(sizes)[1] else sizes)
+    most = TOTAL_TICKS // problem.subtasks
+    time_unit = _unit(times, most)
+    memory_unit = _unit(sizes, most)
     models = tuple(_ticked(model, time_unit, memory_unit) for model in problem.models)
-    ticked_limits = tuple(
-        math.inf if math.isinf(limit) else float(_in_ticks(limit, memory_unit, math.floor))
-        for limit in problem.memory_limit
-    )
+    ticked_limits = tuple(_limit_in_ticks(limit, memory_unit) for limit in problem.memory_limit)
     p2p = float(_in_ticks(problem.p2p, time_unit, round))
     ticks = replace(problem, models=models, p2p=p2p, memory_limit=ticked_limits)
     _check_limits(problem, ticks)
@@ -115,21 +110,30 @@ _Unit = tuple[Fraction, bool]
 """What a tick is worth, and whether all values are whole multiples of it."""
 
 
-def _unit(values: Iterable[float]) -> _Unit:
+def _unit(values: Iterable[float], most: int) -> _Unit:
+    """A unit of which the largest value takes at most `most`."""
     listed = list(values)
     largest = max(listed)
     decimals = [as_decimal(value) for value in listed]
     known = [value for value in decimals if value is not None]
     if len(known) == len(decimals):
         unit = common_unit(known)
-        if largest / unit <= MOST_TICKS:
+        if largest / unit <= most:
             return unit, True
-    return Fraction(largest) / RESOLUTION, False
+    return Fraction(largest) / most, False
 
 
 def _in_ticks(value: float, unit: _Unit, rounding: Callable[[Fraction], int]) -> int:
     exact = as_decimal(value) if unit[1] else None
     return rounding((Fraction(value) if exact is None else exact) / unit[0])
+
+
+def _limit_in_ticks(limit: float, unit: _Unit) -> float:
+    """Infinite where no sum of activations can come near it."""
+    if math.isinf(limit):
+        return limit
+    ticks = math.floor(Fraction(limit) * (1 + Fraction(ROUNDING) / 2) / unit[0])
+    return float(ticks) if ticks < TOTAL_TICKS else math.inf
 
 
 def _ticked(model: Model, time_unit: _Unit, memory_unit: _Unit) -> Model:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhfuse.schedule.baselines import serial_1f1b
+from megatron_rlhfuse.schedule.baselines import serial_timeline
 from megatron_rlhfuse.schedule.bounds import lower_bound, reaches
 from megatron_rlhfuse.schedule.errors import ProblemError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
@@ -28,16 +29,23 @@ class Plan:
 
     Attributes:
         lower_bound: no order is shorter
-        serial_1f1b: makespan of one model after the other under 1F1B
         greedy: makespan of the greedy plan
         seconds: what the search took
     """
 
     timeline: Timeline
     lower_bound: float
-    serial_1f1b: float
     greedy: float
     seconds: float
+
+    @cached_property
+    def serial(self) -> Timeline:
+        """One model after the other under 1F1B."""
+        return serial_timeline(self.timeline.problem)
+
+    @property
+    def serial_1f1b(self) -> float:
+        return self.serial.makespan
 
     @property
     def at_bound(self) -> bool:
@@ -46,8 +54,7 @@ class Plan:
 
 def make_plan(timeline: Timeline, *, greedy: float, seconds: float) -> Plan:
     """A plan of a timeline; computes what it is compared with."""
-    problem = timeline.problem
-    return Plan(timeline, lower_bound(problem), serial_1f1b(problem), greedy, seconds)
+    return Plan(timeline, lower_bound(timeline.problem), greedy, seconds)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

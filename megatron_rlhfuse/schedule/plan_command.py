@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,10 +21,10 @@ from typing import Any
 from megatron_rlhfuse.cli import Refuse, positive_seconds, whole_number
 from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.schedule import plan as plans
-from megatron_rlhfuse.schedule.baselines import serial_timeline
 from megatron_rlhfuse.schedule.draw_numbers import headline, show
 from megatron_rlhfuse.schedule.errors import OrderError, ProblemError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
+from megatron_rlhfuse.schedule.fields import HIGHEST
 from megatron_rlhfuse.schedule.order import (
     order_from_csv,
     order_to_csv,
@@ -127,8 +126,11 @@ def _check_arguments(args: argparse.Namespace, refuse: Refuse) -> None:
             refuse(f"argument --{name}: {path} must be a file in a folder that exists")
         if path is not None and name in ("png", "svg") and path.suffix.lower() != f".{name}":
             refuse(f"argument --{name}: {path} must end in .{name}")
-    if args.memory_limit is not None and not 0 <= args.memory_limit < math.inf:
-        refuse(f"argument --memory-limit: want a number of at least 0, got {args.memory_limit}")
+    if args.memory_limit is not None and not 0 <= args.memory_limit <= HIGHEST:
+        refuse(
+            f"argument --memory-limit: want a number of at least 0 and at most {HIGHEST:g}, "
+            f"got {args.memory_limit}"
+        )
     if args.pareto is not None and (args.method != "guided" or args.order is not None):
         refuse("argument --pareto: goes with the guided search only")
     if args.pareto is not None and any(getattr(args, name) is not None for name in FILES):
@@ -234,7 +236,7 @@ def _report(plan: Plan, how: str) -> None:
         bound = f"{100 * (timeline.makespan / plan.lower_bound - 1):.2f} % above the lower bound"
     bound += f" ({show(plan.lower_bound)})" if not plan.at_bound else ""
     peak = max(timeline.peak_activation)
-    serial_peak = max(serial_timeline(timeline.problem).peak_activation)
+    serial_peak = max(plan.serial.peak_activation)
     speedup = plan.serial_1f1b / timeline.makespan
     print(headline(timeline))
     print(f"makespan     {show(timeline.makespan)}: {bound}")
@@ -255,14 +257,15 @@ def _write_files(plan: Plan, args: argparse.Namespace) -> None:
         from megatron_rlhfuse.schedule.chrome_trace import chrome_trace
 
         write_atomically(args.trace, json.dumps(chrome_trace(timeline)) + "\n")
-    panels = [("serial 1F1B", serial_timeline(timeline.problem)), ("fused", timeline)]
     if args.html is not None:
         from megatron_rlhfuse.schedule.draw_html import draw_html
 
+        panels = [("serial 1F1B", plan.serial), ("fused", timeline)]
         write_atomically(args.html, draw_html(panels, plan.lower_bound))
     if args.png is not None or args.svg is not None:
         from megatron_rlhfuse.schedule.draw import draw_timeline, save_figure
 
+        panels = [("serial 1F1B", plan.serial), ("fused", timeline)]
         figure = draw_timeline(panels, plan.lower_bound)
         for kind in ("png", "svg"):
             if getattr(args, kind) is not None:
@@ -292,7 +295,7 @@ def _run_pareto(problem: Problem, args: argparse.Namespace) -> int:
         write_atomically(path, json.dumps(plans.plan_to_json(plan)) + "\n")
         peak = max(plan.timeline.peak_activation)
         print(f"{show(plan.timeline.makespan):>8}  {show(peak):>11}  {path}")
-    serial = serial_timeline(problem)
+    serial = points[0].serial
     print(f"{show(serial.makespan):>8}  {show(max(serial.peak_activation)):>11}  (serial 1F1B)")
     picture = args.pareto / "front.png"
     save_figure(draw_pareto(found, serial, points[0].lower_bound), picture)
@@ -303,6 +306,6 @@ def _run_pareto(problem: Problem, args: argparse.Namespace) -> int:
 def _in_file(error: ScheduleError, path: Path) -> str:
     """The message with the file's name, once; of the problem's file where a field is at fault."""
     message = str(error)
-    if isinstance(error, ProblemError) and message.startswith(str(path)):
+    if isinstance(error, ProblemError) and message.startswith(f"{path}: "):
         return message
     return f"{path}: {message}"

@@ -213,7 +213,10 @@ def _drive(
 
     def run(tighten: bool, share: float) -> None:
         while not budget.spent(share) and not (engine.done if tighten else engine.at_bound):
-            budget.turns += engine.run(threads, *budget.slice(share), tighten)
+            turns = engine.run(threads, *budget.slice(share), tighten)
+            budget.turns += turns
+            if turns == 0:
+                break  # an annealing's goal: it asks for memory at the bound, at any makespan
             if progress is not None:
                 _, makespan, peak = engine.best()
                 progress(

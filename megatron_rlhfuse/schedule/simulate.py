@@ -26,6 +26,7 @@ from megatron_rlhfuse.schedule.problem import Problem
 from megatron_rlhfuse.schedule.search import greedy, search
 
 SERIAL, SEARCHED = "serial 1F1B", "searched fused"
+SPLIT = "fused, split backward"
 BACK_TO_BACK, GREEDY = "back-to-back 1F1B", "greedy fused"
 INTERLEAVED, ZB_H1 = "serial interleaved 1F1B", "serial ZB-H1"
 
@@ -99,7 +100,9 @@ def simulate(
     threads: int | None = None,
     seed: int = 0,
 ) -> Simulation:
-    """Runs a mini-batch of `cluster` under every schedule; the search takes up to `seconds`.
+    """Runs a mini-batch of `cluster` under every schedule; each search takes up to `seconds`.
+
+    Two are searched: with whole backwards, and split in halves for input and weight gradients.
 
     Raises ProblemError where the models cannot be laid out or do not fit the memory.
     """
@@ -110,6 +113,11 @@ def simulate(
     fused: dict[str, Callable[[], Timeline]] = {
         GREEDY: lambda: greedy(problem),
         SEARCHED: lambda: search(problem, seconds=seconds, threads=threads, seed=seed).timeline,
+        SPLIT: lambda: (
+            search(
+                baselines.split_backward(problem), seconds=seconds, threads=threads, seed=seed
+            ).timeline
+        ),
     }
     for name, make in fused.items():
         try:
