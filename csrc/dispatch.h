@@ -1,11 +1,13 @@
 // List scheduling of a network under memory caps: the constructive half of the search.
 //
 // Invariants
-// - Every subtask is scheduled; every precedence, device and cap holds. It cannot run into a
+// - Every precedence, device and cap holds. A careful run schedules every subtask, without a
 //   deadlock: a subtask that takes memory leaves room for one micro-batch in every slot, still
 //   empty, of each pipeline of the same or a higher rank, so the pipeline of the highest rank that
 //   is not done can always go on.
-// - Caps must admit one micro-batch of each pipeline alone (`smallest_caps`).
+// - A run that has failed has the makespan kNever. One that is not careful may fail, as may one
+//   that reserves by key, and any under caps that do not admit a micro-batch of each pipeline
+//   alone.
 // - The result depends on network, caps, keys and policy only.
 #pragma once
 
@@ -25,6 +27,9 @@ struct Policy {
     Time window = kNever;
     // A subtask that takes memory leaves room for those of smaller key on its device.
     bool reserve_by_key = false;
+    // Leave the room that keeps it from running into a deadlock. Without, it may take memory that
+    // the invariant above forbids, and fail.
+    bool careful = true;
     // No slot holds more micro-batches than 1F1B would.
     bool limit_depth = false;
     // Pipelines by rank, 0 the highest; [pipelines].
@@ -130,7 +135,8 @@ private:
         for (const int other : allocators_[stream.device]) {
             const Stream& rival = network_.streams[other];
             if (other == s || head_[other] == rival.count) continue;
-            const bool owed = in_flight_[rival.slot] == 0 && policy_->rank[rival.pipeline] <= rank;
+            const bool owed = policy_->careful && in_flight_[rival.slot] == 0 &&
+                              policy_->rank[rival.pipeline] <= rank;
             if (owed || (policy_->reserve_by_key && (*key_)[rival.first + head_[other]] < key)) {
                 needed += rival.activation;
             }

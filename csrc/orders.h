@@ -105,12 +105,12 @@ protected:
         return side == kBefore ? stream_of(o).before : stream_of(o).after;
     }
 
-    // Longest path from the far end of subtask `o` inwards, `o` included; 0 if there is no `o`.
+    // Longest path that comes from that side and has subtask `o` as its last; 0 if there is none.
     Time path_from(Side side, int o) const {
         return o < 0 ? 0 : nodes_[o].path[side] + nodes_[o].duration;
     }
 
-    // Longest path to subtask `o` through its own pipeline's links, by the paths beyond them.
+    // Longest path to subtask `o` over the links of its micro-batch, its device left aside.
     Time linked_path(Side side, int o) const {
         const auto& links = this->links(o, side);
         Time longest = 0;

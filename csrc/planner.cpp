@@ -88,7 +88,7 @@ void require_limits(const Network& network, const std::vector<Memory>& limits) {
 
 // For benchmarks: tries random swaps of neighbours from `start`, none of which may lengthen it by
 // more than `slack`; `full`: evaluates each from scratch besides. Returns the swaps evaluated,
-// those applied, the subtasks whose start was recomputed, and the seconds taken.
+// those applied, the heads and tails recomputed, and the seconds taken.
 std::tuple<std::int64_t, std::int64_t, std::int64_t, double> try_swaps(
     const Network& network, const ScheduleRow& start, std::int64_t swaps, Time slack,
     std::uint64_t seed, bool full) {

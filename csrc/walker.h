@@ -33,6 +33,7 @@ public:
           backwards_(reversed_),
           tails_(network.tails()),
           key_(network.subtasks),
+          one_of_each_(one_of_each(network)),
           caps_(goal.limits) {
         policy_.rank.resize(network.pipelines);
     }
@@ -73,6 +74,8 @@ private:
     static constexpr double kShortest = 60;
     static constexpr double kLongest = 2000;
     static constexpr double kGrowth = 1.3;
+    // Caps of less than this many micro-batches of every slot are tight.
+    static constexpr Memory kTight = 2;
 
     void begin() {
         walking_ = true;
@@ -149,6 +152,7 @@ private:
             draw_policy();
             policy_.window = kNever;
             policy_.reserve_by_key = false;
+            policy_.careful = true;
             const bool flip = random_.chance(0.5);
             for (int p = 0; p < network_.pipelines; ++p) {
                 policy_.rank[p] = flip ? network_.pipelines - p : p;
@@ -209,6 +213,7 @@ private:
             policy_.window = static_cast<Time>(std::exp(random_.unit() * widest));
         }
         policy_.reserve_by_key = random_.chance(0.5);
+        policy_.careful = !tight_ || random_.chance(0.5);
     }
 
     // One turn: list schedule backwards by the end times, then forwards by those of the result.
@@ -239,8 +244,23 @@ private:
         forwards_.run(key_, caps_, policy_, schedule);
     }
 
+    // Under caps that hold few micro-batches, the room that a careful list schedule leaves is a
+    // good part of all there is.
     void apply_cap() {
-        for (int d = 0; d < network_.devices; ++d) caps_[d] = std::min(goal_.limits[d], cap_);
+        tight_ = false;
+        for (int d = 0; d < network_.devices; ++d) {
+            caps_[d] = std::min(goal_.limits[d], cap_);
+            tight_ |= caps_[d] / kTight < one_of_each_[d];
+        }
+    }
+
+    // Per device, the activations of a micro-batch of every slot.
+    static std::vector<Memory> one_of_each(const Network& network) {
+        std::vector<Memory> sum(network.devices, 0);
+        for (const Stream& stream : network.streams) {
+            if (stream.acquires) sum[stream.device] += stream.activation;
+        }
+        return sum;
     }
 
     Time longest() const {
@@ -260,7 +280,9 @@ private:
     Policy policy_;
     const std::vector<Time> tails_;
     std::vector<Time> key_;
+    const std::vector<Memory> one_of_each_;
     std::vector<Memory> caps_;
+    bool tight_ = false;
     Memory cap_ = kNoLimit;
     Schedule current_, trial_, mirror_, found_;
     Time target_ = kNever;

@@ -12,8 +12,9 @@ from dataclasses import replace
 from megatron_rlhfuse.schedule.bounds import least_memory
 from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
+from megatron_rlhfuse.schedule.order import Order
 from megatron_rlhfuse.schedule.problem import Problem
-from megatron_rlhfuse.schedule.search import Progress, search
+from megatron_rlhfuse.schedule.search import Progress, StopSearch, search
 
 POINTS = 16
 """Caps tried; the front has at most one point more."""
@@ -33,10 +34,21 @@ def pareto(
 ) -> list[Timeline]:
     """Plans by rising makespan and falling peak memory; budgets as in `search`.
 
-    Raises what `search` raises.
+    A callback that raises StopSearch ends the search with the points found so far. Raises what
+    `search` raises.
     """
+    stopped = False
 
-    def best_under(cap: float | None, share: float) -> Timeline:
+    def watch(now: Progress) -> None:
+        nonlocal stopped
+        try:
+            if progress is not None:
+                progress(now)
+        except StopSearch:
+            stopped = True
+            raise
+
+    def best_under(cap: float | None, share: float, start: Order | None = None) -> Timeline:
         capped = problem
         if cap is not None:
             limits = tuple(min(limit, cap) for limit in problem.memory_limit)
@@ -47,7 +59,8 @@ def pareto(
             iterations=None if iterations is None else max(1, round(iterations * share)),
             threads=threads,
             seed=seed,
-            progress=progress,
+            start=start,
+            progress=watch,
         )
         return evaluate(problem, found.timeline.order)
 
@@ -58,9 +71,13 @@ def pareto(
     for point in range(POINTS):
         cap = lowest + (highest - lowest) * point / POINTS
         try:
-            found.append(best_under(cap, (1 - FIRST_SHARE) / POINTS))
+            # What a lower cap admitted is a start under this one.
+            start = found[-1].order if len(found) > 1 else None
+            found.append(best_under(cap, (1 - FIRST_SHARE) / POINTS, start))
         except InfeasibleError:
             continue  # the cap is below what the first micro-batch of some pipeline takes
+        if stopped:
+            break
     return front(found)
 
 

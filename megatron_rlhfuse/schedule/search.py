@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +20,9 @@ from megatron_rlhfuse import _planner
 from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.bounds import least_memory, lower_bound
 from megatron_rlhfuse.schedule.errors import InfeasibleError, ScheduleError
-from megatron_rlhfuse.schedule.evaluate import Timeline
+from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
 from megatron_rlhfuse.schedule.network import ScheduleRow, TickedProblem, to_network
+from megatron_rlhfuse.schedule.order import Subtask
 from megatron_rlhfuse.schedule.problem import Problem
 
 WALKS = 8
@@ -103,6 +104,7 @@ def search(
     threads: int | None = None,
     seed: int = 0,
     stop_at_bound: bool = False,
+    start: Sequence[Sequence[Subtask]] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
     """The best plan found within `seconds` or `iterations`, whichever ends first.
@@ -113,6 +115,7 @@ def search(
     Args:
         threads: all cores by default
         stop_at_bound: end when the makespan meets its lower bound; the memory is left as it is
+        start: an order to improve upon; left aside if it exceeds the limits
 
     Raises InfeasibleError if the memory limits do not admit one micro-batch of every pipeline
     alone, ScheduleError for a budget that is none.
@@ -125,9 +128,9 @@ def search(
     walks = WALKS if seconds is None else threads
     engine = _planner.Search(ticked.network, goal, floor, ticked.limits, seed, walks)
     engine.offer(first)
-    fallback = ticked.row(one_f_one_b(problem))
-    if ticked.timeline(fallback).over_limit() is None:
-        engine.offer(fallback)
+    for order in (one_f_one_b(problem), start):
+        if order is not None and evaluate(problem, order).over_limit() is None:
+            engine.offer(ticked.row(order))
     _drive(engine, ticked, budget, threads, stop_at_bound, progress)
     return _result(engine, ticked, first, budget, "turns")
 

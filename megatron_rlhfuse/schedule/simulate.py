@@ -23,7 +23,7 @@ from megatron_rlhfuse.schedule.layout import Placement
 from megatron_rlhfuse.schedule.order import Order
 from megatron_rlhfuse.schedule.presets import TransformerShape
 from megatron_rlhfuse.schedule.problem import Problem
-from megatron_rlhfuse.schedule.search import greedy, search
+from megatron_rlhfuse.schedule.search import Progress, greedy, search
 
 SERIAL, SEARCHED = "serial 1F1B", "searched fused"
 SPLIT = "fused, split backward"
@@ -96,28 +96,38 @@ class Simulation:
 def simulate(
     cluster: Cluster,
     *,
-    seconds: float | None,
+    seconds: float | None = None,
+    iterations: int | None = None,
     threads: int | None = None,
     seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Simulation:
     """Runs a mini-batch of `cluster` under every schedule; each search takes up to `seconds`.
 
     Two are searched: with whole backwards, and split in halves for input and weight gradients.
+    The rest of the arguments are those of `search`.
 
     Raises ProblemError where the models cannot be laid out or do not fit the memory.
     """
+
+    def found(problem: Problem) -> Timeline:
+        return search(
+            problem,
+            seconds=seconds,
+            iterations=iterations,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        ).timeline
+
     placement, problem = plan_cluster(cluster)
     runs, missing = _serial_runs(problem)
     merged = evaluate(problem, baselines.one_f_one_b(problem))
     runs[BACK_TO_BACK] = _run(merged)
     fused: dict[str, Callable[[], Timeline]] = {
         GREEDY: lambda: greedy(problem),
-        SEARCHED: lambda: search(problem, seconds=seconds, threads=threads, seed=seed).timeline,
-        SPLIT: lambda: (
-            search(
-                baselines.split_backward(problem), seconds=seconds, threads=threads, seed=seed
-            ).timeline
-        ),
+        SEARCHED: lambda: found(problem),
+        SPLIT: lambda: found(baselines.split_backward(problem)),
     }
     for name, make in fused.items():
         try:

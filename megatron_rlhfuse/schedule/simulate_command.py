@@ -16,6 +16,7 @@ from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.schedule.cluster import load_cluster
 from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.schedule.problem import problem_to_json
+from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, watched_search
 from megatron_rlhfuse.schedule.simulate import (
     BACK_TO_BACK,
     GREEDY,
@@ -54,8 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         metavar="S",
         type=positive_seconds,
-        default=10.0,
-        help="time of each of two searches (default: 10)",
+        help="time of each of two searches (default: 10, or no limit with --iterations)",
+    )
+    parser.add_argument(
+        "--iterations",
+        metavar="N",
+        type=whole_number(1),
+        help="bound the searches by their steps: the result is the same on every machine",
     )
     parser.add_argument(
         "--threads",
@@ -87,7 +93,18 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
             refuse(f"argument --{flag}: {output} must be a file in a folder that exists")
     try:
         cluster = load_cluster(args.cluster)
-        simulation = simulate(cluster, seconds=args.seconds, threads=args.threads, seed=args.seed)
+        seconds = args.seconds
+        if seconds is None and args.iterations is None:
+            seconds = DEFAULT_SECONDS
+        with watched_search() as progress:
+            simulation = simulate(
+                cluster,
+                seconds=seconds,
+                iterations=args.iterations,
+                threads=args.threads,
+                seed=args.seed,
+                progress=progress,
+            )
         if args.json is not None:
             write_atomically(args.json, json.dumps(to_json(simulation), indent=1) + "\n")
         if args.problem is not None:

@@ -14,10 +14,12 @@ from megatron_rlhfuse.schedule.bounds import (
     BusyTime,
     Job,
     device_bounds,
+    least_memory,
     lower_bound,
     preemptive_bound,
     reaches,
 )
+from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.order import Order, parse_order
 from megatron_rlhfuse.schedule.problem import Model, Problem, load_problem
@@ -183,6 +185,65 @@ def test_a_machine_is_busy_until_the_latest_over_all_heads(jobs: list[tuple[int,
     assert busy.end == max(
         start + sum(duration for head, duration in jobs if head >= start) for start, _ in jobs
     )
+
+
+@settings(max_examples=300, deadline=None)
+@given(with_order(problems(max_micro_batches=3) | problems(integer_times=False)))
+def test_no_order_takes_less_than_the_least_memory(drawn: tuple[Problem, Order]) -> None:
+    problem, order = drawn
+    timeline = evaluate(problem, order)
+    least = least_memory(problem, timeline.makespan)
+    assert least <= max(timeline.peak_activation) * (1 + 1e-12)
+    assert least <= least_memory(problem, lower_bound(problem))
+    one_by_one = least_memory(problem, 1e6)
+    assert one_by_one <= least
+    for model in problem.models:
+        assert one_by_one >= max(model.activation)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    problems(max_devices=3, max_micro_batches=3, max_stages=3, max_models=2),
+    st.sampled_from([1.0, 1.0, 1.2]),
+)
+def test_below_the_least_memory_every_order_is_longer(problem: Problem, more: float) -> None:
+    """Against the exact solver, under the highest cap below the bound; activations are whole."""
+    pytest.importorskip("ortools", reason="OR-tools is not installed")
+    from megatron_rlhfuse.schedule.exact import solve_exactly
+
+    free = solve_exactly(problem, 60)
+    makespan = free.timeline.makespan * more
+    least = least_memory(problem, makespan)
+    assert free.optimal and least.is_integer()
+    if least == 0:
+        return
+    try:
+        found = solve_exactly(problem, 60, least - 1)
+    except InfeasibleError as error:
+        assert str(error) == "no order keeps to the memory limits"
+        return
+    assert found.optimal
+    assert found.timeline.makespan > makespan
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches"), [(1, 5), (2, 2), (4, 1), (4, 3), (4, 9), (7, 7)]
+)
+def test_one_pipeline_alone_holds_what_1f1b_holds(stages: int, micro_batches: int) -> None:
+    problem = uniform(stages, [list(range(stages))], micro_batches, 2.0, 3.0)
+    makespan = (micro_batches + stages - 1) * 5.0
+    assert least_memory(problem, makespan) == min(stages, micro_batches)
+    assert least_memory(problem, makespan * (1 + 1e-12)) == min(stages, micro_batches)
+    assert least_memory(problem, 5.0 * stages * micro_batches) == 1  # one after the other
+
+
+def test_pipelines_that_must_overlap_add_up() -> None:
+    # Both models' forwards on device 0 must have started at time 2, and no backward ends by then.
+    model = Model("", 1, (1.0, 5.0), (1.0, 1.0), (3.0, 1.0), ((0, 1),))
+    problem = Problem(3, (model, Model("", 1, (1.0, 5.0), (1.0, 1.0), (4.0, 1.0), ((0, 2),))))
+    assert lower_bound(problem) == 9
+    assert least_memory(problem, 9) == 7
+    assert least_memory(problem, 16) == 4
 
 
 def test_no_jobs_need_no_time() -> None:

@@ -58,13 +58,6 @@ LLAMA_7B = {
 }
 
 
-@pytest.fixture(autouse=True)
-def command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command, whether it is on the list of commands yet or not."""
-    line = cli.Command("megatron_rlhfuse.schedule.simulate_command", "predict a training stage")
-    monkeypatch.setitem(cli.COMMANDS, "simulate", line)
-
-
 @pytest.fixture
 def instant_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back-to-back 1F1B in place of every fused schedule."""
