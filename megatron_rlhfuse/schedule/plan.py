@@ -16,7 +16,7 @@ from megatron_rlhfuse.schedule.baselines import serial_timeline
 from megatron_rlhfuse.schedule.bounds import lower_bound, reaches
 from megatron_rlhfuse.schedule.errors import ProblemError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
-from megatron_rlhfuse.schedule.fields import Fields
+from megatron_rlhfuse.schedule.fields import Fields, is_whole
 from megatron_rlhfuse.schedule.order import order_to_tokens, parse_order
 from megatron_rlhfuse.schedule.problem import load_json, parse_problem, problem_to_json
 
@@ -91,7 +91,7 @@ def parse_plan(data: Any) -> Plan:
     numbers = {"makespan", "lower_bound", "serial_1f1b", "greedy", "seconds"}
     required = {"version", "problem", "order", "peak_activation", *numbers}
     fields = Fields(data, "", required, set(), what="plan")
-    if fields.get("version") != VERSION:
+    if not is_whole(fields.get("version")) or fields.get("version") != VERSION:
         raise ProblemError("version", f"want {VERSION}, the version of plans that is known here")
     try:
         problem = parse_problem(fields.get("problem"))

@@ -118,7 +118,8 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
         of_order = args.order is not None and str(error).startswith("order: ")
         refuse(_in_file(error, args.order if of_order else args.problem))
     except OSError as error:
-        refuse(f"{error.filename}: {error.strerror}")
+        # The system names no file where a disk is full.
+        refuse(f"{error.filename or 'writing the results'}: {error.strerror}")
     except UnicodeDecodeError as error:
         refuse(f"{args.order}: not text: {error.reason}")
     return 0
@@ -136,8 +137,8 @@ def _check_arguments(args: argparse.Namespace, refuse: Refuse) -> None:
             f"argument --memory-limit: want a number of at least 0 and at most {HIGHEST:g}, "
             f"got {args.memory_limit}"
         )
-    if args.pareto is not None and (args.method or "guided") != "guided":
-        refuse("argument --pareto: goes with the guided search only")
+    if args.pareto is not None and ((args.method or "guided") != "guided" or args.stop_at_bound):
+        refuse("argument --pareto: goes with the guided search only, and not with --stop-at-bound")
     if args.pareto is not None and any(getattr(args, name) is not None for name in FILES):
         refuse("argument --pareto: writes a plan per point to its folder, and no other file")
     if args.method == "exact" and args.iterations is not None:
@@ -153,7 +154,8 @@ def _check_given(args: argparse.Namespace, refuse: Refuse) -> None:
         refuse("argument --method: only the guided search improves an order that is given")
     if args.seconds is None and args.iterations is None:
         for name in ("method", "seed", "threads", "stop_at_bound"):
-            if getattr(args, name):
+            value = getattr(args, name)
+            if value is not None and value is not False:
                 flag = "--" + name.replace("_", "-")
                 refuse(
                     f"argument {flag}: wants --seconds or --iterations too, else an order "

@@ -157,7 +157,9 @@ def anneal(
     ticked = to_network(problem)
     first = _greedy(ticked)
     goal, floor = _goal(ticked)
-    half = _planner.UNPLANNED if iterations is None else max(1, iterations // 2)
+    count = 1 if seconds is None else threads
+    # What each chain gets for each of its two annealings, to cool down over.
+    share = _planner.UNPLANNED if iterations is None else max(1, iterations // 2 // count)
     chains = [
         _planner.Annealing(
             ticked.network,
@@ -167,9 +169,9 @@ def anneal(
             first,
             seed + chain,
             1.0 if seconds is None else seconds * MAKESPAN_SHARE,
-            half,
+            share,
         )
-        for chain in range(1 if seconds is None else threads)
+        for chain in range(count)
     ]
     with ThreadPoolExecutor(len(chains)) as pool:
         engine = _Chains(chains, pool, goal, floor)

@@ -389,6 +389,21 @@ def test_the_command_by_itself(tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "from megatron_rlhfuse.cli import main; import sys; main(sys.argv[1:])"
+    )
+    flags = ["--method", "greedy", "-o", str(tmp_path / "plan.json")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "plan", str(PUBLISHED), *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "rlhfuse plan: error: writing the results: File too large\n"
+
+
 @pytest.mark.parametrize("method", ["guided", "annealing"])
 def test_ctrl_c_ends_the_search_with_its_best_plan(method: str, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"

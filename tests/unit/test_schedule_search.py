@@ -239,16 +239,21 @@ def test_other_units_give_the_same_plan(problem: Problem, scale: float) -> None:
         )
 
 
-@pytest.mark.parametrize("seed", range(0, 24, 2))
-def test_units_without_decimals_give_plans_as_good(seed: int) -> None:
+@pytest.mark.parametrize("seed", [seed for seed in range(24) if seed % 3])  # without limits
+def test_times_without_decimals_give_plans_as_short(seed: int) -> None:
     problem = small_problem(seed)
-    expected = search(problem, iterations=1000, threads=1).timeline
-    times = search(scaled(problem, time=pi), iterations=1000, threads=1).timeline
-    assert checked(times).makespan == pytest.approx(expected.makespan * pi, rel=1e-8)
-    assert peak(times) == peak(expected)
-    sizes = search(scaled(problem, activation=pi), iterations=1000, threads=1).timeline
-    assert checked(sizes).makespan == expected.makespan
-    assert peak(sizes) == pytest.approx(peak(expected) * pi, rel=1e-8)
+    expected = search(problem, iterations=3000, threads=2, stop_at_bound=True).timeline
+    other = scaled(problem, time=pi)
+    found = search(other, iterations=3000, threads=2, stop_at_bound=True).timeline
+    assert checked(found).makespan == pytest.approx(expected.makespan * pi, rel=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(memory_limit=True))
+def test_activations_without_decimals_fit_where_decimal_ones_do(problem: Problem) -> None:
+    expected = greedy(problem)
+    found = greedy(scaled(problem, activation=pi))
+    assert checked(found).order == expected.order
 
 
 def test_a_limit_that_is_a_sum_of_measured_activations_admits_that_sum() -> None:
@@ -297,7 +302,7 @@ def test_the_search_finds_the_optimum_of_small_problems(seed: int) -> None:
     if all(model.weight_gradient is None for model in problem.models):
         sides.append(backwards(problem))
     for side in sides:
-        found = search(side, iterations=1500, threads=2, stop_at_bound=True)
+        found = search(side, iterations=3000, threads=2, stop_at_bound=True)
         makespan = checked(found.timeline).makespan
         if interleaved(problem) and any(limit < inf for limit in problem.memory_limit):
             # A list schedule reserves room for a micro-batch on all of a device's stages at once:
