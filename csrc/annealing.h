@@ -73,16 +73,11 @@ public:
             ++spent_moves_;
         }
         spent_seconds_ = before + std::chrono::duration<double>(Clock::now() - began).count();
-        moves_ += done;
         return done;
     }
 
     const Schedule& best() const { return best_; }
-    std::int64_t moves() const { return moves_; }
     std::int64_t accepted() const { return accepted_; }
-
-    // Heads and tails recomputed, see Incremental.
-    std::int64_t touched() const { return touched_ + current_->touched(); }
 
     static constexpr std::int64_t kUnplanned = std::numeric_limits<std::int64_t>::max();
 
@@ -103,7 +98,6 @@ private:
     // Both annealings begin at the best schedule so far.
     void enter(bool tighten) {
         tighten_ = tighten;
-        touched_ += current_->touched();
         current_ = std::make_unique<Incremental>(network_, best_);
         set_cap();
         plan(planned_seconds_, planned_moves_);
@@ -184,9 +178,7 @@ private:
     double spent_seconds_ = 0.0;  // since `plan`
     std::int64_t spent_moves_ = 0;
     double temperature_ = 0.0;
-    std::int64_t moves_ = 0;
     std::int64_t accepted_ = 0;
-    std::int64_t touched_ = 0;  // by orders that are no longer current
 };
 
 }  // namespace rlhfuse

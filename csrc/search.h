@@ -6,7 +6,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <memory>
+#include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "walker.h"
@@ -42,18 +45,30 @@ public:
             const auto walks = static_cast<std::int64_t>(walkers_.size());
             const std::int64_t share = std::min(kRound, std::max<std::int64_t>(1, left / walks));
             std::atomic<int> next{0};
+            std::exception_ptr failure;
+            std::mutex failing;
             auto work = [&] {
-                for (int i = next++; i < static_cast<int>(walks); i = next++) {
-                    Walker& walker = *walkers_[i];
-                    walker.walk(best_, tighten, walker.turns() + share, late);
+                try {
+                    for (int i = next++; i < static_cast<int>(walks); i = next++) {
+                        Walker& walker = *walkers_[i];
+                        walker.walk(best_, tighten, walker.turns() + share, late);
+                    }
+                } catch (...) {
+                    const std::lock_guard<std::mutex> lock(failing);
+                    failure = std::current_exception();
                 }
             };
             std::vector<std::thread> others;
-            for (int t = 1; t < std::min<int>(threads, static_cast<int>(walks)); ++t) {
-                others.emplace_back(work);
+            try {
+                for (int t = 1; t < std::min<int>(threads, static_cast<int>(walks)); ++t) {
+                    others.emplace_back(work);
+                }
+            } catch (const std::system_error&) {
+                // The system gives no more threads: those that there are do all the work.
             }
             work();
             for (std::thread& other : others) other.join();
+            if (failure) std::rethrow_exception(failure);
             for (const auto& walker : walkers_) {
                 if (Walker::better(walker->found(), best_)) best_ = walker->found();
             }

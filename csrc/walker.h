@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cmath>
+#include <functional>
 
 #include "dispatch.h"
 #include "random.h"
@@ -45,6 +46,7 @@ public:
         if (tighten != tighten_ || best.makespan < target_) walking_ = false;
         tighten_ = tighten;
         target_ = tighten ? best.makespan : goal_.makespan;
+        stop_ = stop;
         if (better(best, found_)) found_ = best;
         while (turns_ < until && !stop() && !done()) {
             if (!walking_) {
@@ -178,7 +180,7 @@ private:
                 turn(trial_, Noise{});
             }
             if (trial_.makespan < current_.makespan) current_ = trial_;
-            if (current_.makespan <= target_) return;
+            if (current_.makespan <= target_ || stop_()) return;
         }
     }
 
@@ -274,6 +276,7 @@ private:
     const Network& network_;
     const Network reversed_;
     const Goal& goal_;
+    std::function<bool()> stop_;
     Random random_;
     Dispatcher forwards_;
     Dispatcher backwards_;

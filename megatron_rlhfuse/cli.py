@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -41,18 +43,23 @@ COMMANDS = {
 
 def positive_seconds(text: str) -> float:
     """The type of a flag that takes a time."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"want a number of seconds above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"want a number of seconds above 0, got {text[:40]}")
     return value
 
 
-def whole_number(lowest: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of at least `lowest`."""
+def whole_number(lowest: int, highest: int = 10**18 - 1) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number."""
+    span = f"from {lowest}" + (f" to {highest}" if highest < 10**18 - 1 else "")
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not text.isascii() or int(text[:19]) < lowest or len(text) > 18:
-            raise argparse.ArgumentTypeError(f"want a whole number from {lowest}, got {text[:40]}")
+        digits = text.isdecimal() and text.isascii() and len(text) <= 18
+        if not digits or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"want a whole number {span}, got {text[:40]}")
         return int(text)
 
     return parse
@@ -83,8 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest.required = False  # else argparse names it in its message where COMMAND is missing
     chosen = parser.parse_args(argv)
 
-    module = importlib.import_module(COMMANDS[chosen.command].module)
+    try:
+        module = importlib.import_module(COMMANDS[chosen.command].module)
+    except ImportError as error:
+        if "_planner" not in str(error):
+            raise
+        parser.refuse(
+            f"the compiled schedule search does not load ({error}); scripts/install.sh builds it"
+        )
     description = (module.__doc__ or "").partition("\n")[0]
     command_parser = _Parser(prog=f"rlhfuse {chosen.command}", description=description)
     module.add_arguments(command_parser)
-    return module.run(command_parser.parse_args(chosen.rest), command_parser.refuse)
+    args = command_parser.parse_args(chosen.rest)
+    try:
+        status = module.run(args, command_parser.refuse)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

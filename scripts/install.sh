@@ -112,7 +112,8 @@ if [ ! -e "$unfinished" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$expected" ] && 
     exit 0
 fi
 
-command -v "${CXX:-g++}" >/dev/null || die "${CXX:-g++}: no such compiler; csrc/ needs one for" \
+read -r compiler _ <<<"${CXX:-g++}" # CXX may hold flags, or a launcher before the compiler
+command -v "$compiler" >/dev/null || die "$compiler: no such compiler; csrc/ needs one for" \
     "C++17 (Debian: apt-get install g++), or set CXX"
 
 began=$SECONDS

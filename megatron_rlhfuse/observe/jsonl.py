@@ -45,7 +45,14 @@ def repair(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` to `path` so that a kill leaves the old content or the new, never a mix."""
+    """Writes `text` to `path` so that a kill leaves the old content or the new, never a mix.
+
+    A link stays and its target is written; a pipe or a device is written to as it is.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -108,21 +108,17 @@ def least_memory(problem: Problem, makespan: float) -> float:
     # Of each device: (time, whether a forward starts, stage), stages numbered over all pipelines.
     events: list[list[tuple[float, bool, int]]] = [[] for _ in range(problem.devices)]
     sizes: list[float] = []
-    one_micro_batch = 0.0
     for model, pipeline, jobs in _pipelines(problem):
-        held = dict.fromkeys(pipeline, 0.0)
         for stage, device in enumerate(pipeline):
             number = len(sizes)
             sizes.append(model.activation[stage])
-            held[device] += sizes[number]
             for job in jobs["F", stage]:
                 latest_start = makespan - job.tail - job.duration
                 events[device].append((latest_start + slack, True, number))
             for job in jobs[model.kinds[-1], stage]:
                 earliest_end = job.head + job.duration
                 events[device].append((earliest_end - slack, False, number))
-        one_micro_batch = max(one_micro_batch, *held.values())
-    bound = one_micro_batch
+    bound = one_micro_batch(problem)
     for its_events in events:
         balance = dict.fromkeys((number for _, _, number in its_events), 0)
         for _, starts, number in sorted(its_events):
@@ -131,6 +127,18 @@ def least_memory(problem: Problem, makespan: float) -> float:
                 held_now = (sizes[n] * max(0, count) for n, count in balance.items())
                 bound = max(bound, math.fsum(held_now))
     return bound
+
+
+def one_micro_batch(problem: Problem) -> float:
+    """The most that one micro-batch holds on a device: no schedule of any length takes less."""
+    most = 0.0
+    for model in problem.models:
+        for pipeline in model.pipelines:
+            held = dict.fromkeys(pipeline, 0.0)
+            for stage, device in enumerate(pipeline):
+                held[device] += model.activation[stage]
+            most = max(most, *held.values())
+    return most
 
 
 def _device_jobs(problem: Problem) -> list[list[Job]]:

@@ -41,6 +41,10 @@ MAX_GPUS = 100_000
 _SOURCES = ("preset", "shape", "config", "measured")
 
 
+LEAST = 1e-3
+"""Of speeds, sizes and shares: far below any machine's, far above what overflows."""
+
+
 @dataclass(frozen=True)
 class ClusterModel:
     """One model of a cluster.
@@ -178,7 +182,7 @@ def _parse_gpu(read: Fields) -> Gpu:
         return GPUS[read.choice("gpu", GPUS)]
     names = {each.name for each in fields(Gpu)} - {"name"}
     own = Fields(given, "gpu", names, {"name"})
-    numbers = {name: own.number(name, above=0.0) for name in sorted(names)}
+    numbers = {name: own.number(name, lowest=LEAST) for name in sorted(names)}
     return Gpu(name=own.text("name", "own GPU"), **numbers)
 
 
@@ -307,7 +311,7 @@ def _check_world(model: ClusterModel, gpus: int) -> None:
 def _share(read: Fields, name: str, default: float) -> float:
     if read.get(name) is None:
         return default
-    value = read.number(name, above=0.0)
+    value = read.number(name, lowest=LEAST)
     if value > 1:
-        raise ProblemError(name, f"want a share above 0 and up to 1, got {value:g}")
+        raise ProblemError(name, f"want a share up to 1, got {value:g}")
     return value

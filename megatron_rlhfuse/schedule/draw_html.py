@@ -136,13 +136,16 @@ def _script_json(data: dict[str, Any]) -> str:
 def _explanation(labels: Sequence[str], numbers: Sequence[Numbers]) -> str:
     """Two sentences for someone who has never seen such a picture."""
     outcome = f"{labels[-1]} takes {show(numbers[-1].makespan)}"
+    sooner = True
     if len(labels) > 1:
         outcome += f" where {labels[0]} takes {show(numbers[0].makespan)}"
+        sooner = numbers[-1].makespan < numbers[0].makespan
+    aim = "so that the same work ends sooner" if sooner else "which saves nothing here"
     return (
         "Each row is a device and each box one micro-batch on one stage of a model: light is its "
         "forward pass, full colour its backward pass, and grey a bubble, in which the device "
         "waits. Stage fusion lets the micro-batches of one model run in the bubbles of another, "
-        f"so that the same work ends sooner: {outcome}."
+        f"{aim}: {outcome}."
     )
 
 

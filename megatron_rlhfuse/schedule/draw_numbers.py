@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from megatron_rlhfuse.observe import style
+from megatron_rlhfuse.schedule.bounds import reaches
 from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, memory_changes
 from megatron_rlhfuse.schedule.problem import LETTERS, Problem
@@ -52,11 +53,16 @@ def compare(timelines: Labelled, lower_bound: float | None) -> list[Numbers]:
             makespan=timeline.makespan,
             speedup=first / timeline.makespan if position else None,
             bubbles=timeline.bubble_fraction(),
-            gap=timeline.makespan / lower_bound - 1 if lower_bound else None,
+            gap=gap_to(timeline.makespan, lower_bound) if lower_bound else None,
             peak=max(timeline.peak_activation),
         )
         for position, (_, timeline) in enumerate(timelines)
     ]
+
+
+def gap_to(makespan: float, lower_bound: float) -> float:
+    """How far a makespan lies above the bound, as a share of it; 0 where it is there."""
+    return 0.0 if reaches(makespan, lower_bound) else makespan / lower_bound - 1
 
 
 def shown_devices(timelines: Labelled, most_rows: int, most_boxes: int) -> int:

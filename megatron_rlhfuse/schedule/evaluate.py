@@ -166,8 +166,8 @@ def _circle(problem: Problem, order: Order, reached: list[int]) -> OrderError:
         assert before is not None
         where, i = position[before]
         waits.append(
-            f"{order[each][reached[each]].token} waits for {before.token} at device {where}, "
-            f"position {i}"
+            f"{order[each][reached[each]].token} on device {each} waits for {before.token} on "
+            f"device {where}, position {i}"
         )
     return OrderError(
         order_to_tokens(order), circle[0], reached[circle[0]], "a deadlock: " + "; ".join(waits)

@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from megatron_rlhfuse import _planner
 from megatron_rlhfuse.schedule.decimals import as_decimal, common_unit
-from megatron_rlhfuse.schedule.errors import InfeasibleError
+from megatron_rlhfuse.schedule.errors import InfeasibleError, show_name
 from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
 from megatron_rlhfuse.schedule.order import Order, Subtask
 from megatron_rlhfuse.schedule.problem import Model, Problem
@@ -163,10 +163,16 @@ def _check_limits(problem: Problem, ticks: Problem) -> None:
                 needed[device] += model.activation[stage]
             for device, size in needed.items():
                 if size > ticks.memory_limit[device]:
-                    limit = problem.memory_limit[device]
+                    one = problem.models[m]
+                    held = sum(
+                        size
+                        for place, size in zip(pipeline, one.activation, strict=True)
+                        if place == device
+                    )
                     raise InfeasibleError(
-                        f"memory_limit: device {device} has {limit:g}, less than one micro-batch "
-                        f"of models[{m}] takes there"
+                        f"memory_limit: device {device} has {problem.memory_limit[device]:g}, a "
+                        f"micro-batch of {show_name(one.name) if one.name else f'models[{m}]'} "
+                        f"takes {held:g} there"
                     )
 
 

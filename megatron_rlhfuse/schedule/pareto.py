@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_rlhfuse.schedule.bounds import least_memory
+from megatron_rlhfuse.schedule.bounds import one_micro_batch
 from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
 from megatron_rlhfuse.schedule.order import Order
@@ -67,7 +67,7 @@ def pareto(
     shortest = best_under(None, FIRST_SHARE)
     found = [shortest]
     highest = max(shortest.peak_activation)
-    lowest = least_memory(problem, sum(problem.work()))
+    lowest = one_micro_batch(problem)
     for point in range(POINTS):
         cap = lowest + (highest - lowest) * point / POINTS
         try:

@@ -25,7 +25,7 @@ from megatron_rlhfuse.schedule.pareto import pareto
 from megatron_rlhfuse.schedule.plan import Plan
 from megatron_rlhfuse.schedule.plan_output import FILES, report, write_files, write_front
 from megatron_rlhfuse.schedule.problem import Problem, load_json, parse_problem
-from megatron_rlhfuse.schedule.search import anneal, greedy, search
+from megatron_rlhfuse.schedule.search import MOST_THREADS, anneal, greedy, search
 from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, watched_search
 
 METHODS = ("guided", "annealing", "exact", "greedy")
@@ -44,9 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--iterations",
         metavar="N",
         type=whole_number(1),
-        help="bound the search by its steps: the result is the same on every machine",
+        help="bound the search by its steps: cores and their speed do not change the result",
     )
-    parser.add_argument("--threads", metavar="T", type=whole_number(1), help="default: all cores")
+    parser.add_argument(
+        "--threads", metavar="T", type=whole_number(1, MOST_THREADS), help="default: all cores"
+    )
     parser.add_argument(
         "--seed", metavar="N", type=whole_number(0), help="of the search (default: 0)"
     )
@@ -100,6 +102,7 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
         data = load_json(args.problem)
         given = plans.parse_plan(data) if plans.is_plan(data) else None
         problem = given.timeline.problem if given is not None else parse_problem(data)
+        _check_overwriting(args, given is not None, refuse)
         if given is not None or args.order is not None:
             _check_given(args, refuse)
         if args.split_backward:
@@ -117,6 +120,8 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
     except ScheduleError as error:
         of_order = args.order is not None and str(error).startswith("order: ")
         refuse(_in_file(error, args.order if of_order else args.problem))
+    except BrokenPipeError:
+        raise  # for the caller: nobody reads any more
     except OSError as error:
         # The system names no file where a disk is full.
         refuse(f"{error.filename or 'writing the results'}: {error.strerror}")
@@ -130,6 +135,8 @@ def _check_arguments(args: argparse.Namespace, refuse: Refuse) -> None:
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             refuse(f"argument --{name}: {path} must be a file in a folder that exists")
+        if path is not None and str(path) == "-":
+            refuse(f"argument --{name}: want a file; /dev/stdout is the standard output")
         if path is not None and name in ("png", "svg") and path.suffix.lower() != f".{name}":
             refuse(f"argument --{name}: {path} must end in .{name}")
     if args.memory_limit is not None and not 0 <= args.memory_limit <= HIGHEST:
@@ -141,8 +148,25 @@ def _check_arguments(args: argparse.Namespace, refuse: Refuse) -> None:
         refuse("argument --pareto: goes with the guided search only, and not with --stop-at-bound")
     if args.pareto is not None and any(getattr(args, name) is not None for name in FILES):
         refuse("argument --pareto: writes a plan per point to its folder, and no other file")
+    if args.method == "greedy" and (args.seconds or args.iterations or args.stop_at_bound):
+        refuse("argument --method: greedy does not search, and takes no budget")
+    if args.method in ("greedy", "exact") and (args.seed is not None or args.threads is not None):
+        refuse(f"argument --method: {args.method} takes no --seed and no --threads")
     if args.method == "exact" and args.iterations is not None:
         refuse("argument --iterations: the exact method is bounded by --seconds")
+
+
+def _check_overwriting(args: argparse.Namespace, is_plan: bool, refuse: Refuse) -> None:
+    """Refuses an output that is an input, but a plan that is written anew, or another output."""
+    taken = {path.resolve(): "an input" for path in (args.problem, args.order) if path is not None}
+    for name in FILES:
+        path = getattr(args, name)
+        if path is None or (path.exists() and not path.is_file()):
+            continue
+        place = path.resolve()
+        if place in taken and not (is_plan and name == "output" and path == args.problem):
+            refuse(f"argument --{name}: {path} is {taken[place]}")
+        taken[place] = f"written by --{name}"
 
 
 def _check_given(args: argparse.Namespace, refuse: Refuse) -> None:
@@ -167,7 +191,7 @@ def _make(problem: Problem, given: Plan | None, args: argparse.Namespace) -> tup
     """The plan and, in a few words, where it is from."""
     start, origin = None, ""
     if args.order is not None:
-        start = parse_order(problem, order_from_csv(args.order.read_text(encoding="utf-8")))
+        start = parse_order(problem, order_from_csv(args.order.read_text(encoding="utf-8-sig")))
         origin = f"order of {args.order}"
     elif given is not None:
         start, origin = given.timeline.order, f"plan of {args.problem}"
@@ -175,8 +199,12 @@ def _make(problem: Problem, given: Plan | None, args: argparse.Namespace) -> tup
         timeline = evaluate(problem, start)
         if args.seconds is None and args.iterations is None:
             plans.check_limits(timeline)
-            first = given.greedy if given is not None else greedy(problem).makespan
-            return plans.make_plan(timeline, greedy=first, seconds=0.0), f"{origin}, checked"
+            kept = given is not None and problem == given.timeline.problem
+            first = given.greedy if given is not None and kept else greedy(problem).makespan
+            seconds = given.seconds if given is not None else 0.0
+            return plans.make_plan(timeline, greedy=first, seconds=seconds), f"{origin}, checked"
+        if timeline.over_limit() is not None:
+            origin += ", which exceeds the memory limit and was left aside"
     if args.method == "greedy":
         timeline = greedy(problem)
         return plans.make_plan(timeline, greedy=timeline.makespan, seconds=0.0), "greedy"
@@ -200,8 +228,9 @@ def _search(problem: Problem, start: Order | None, args: argparse.Namespace) -> 
             found = search(problem, start=start, **settings)
         else:
             found = anneal(problem, **settings)
-    plan = plans.make_plan(found.timeline, greedy=found.greedy, seconds=found.seconds)
-    return plan, f"{method} search, {found.seconds:.1f} s, {found.turns:,} {found.unit}"
+    plan = plans.Plan(found.timeline, found.lower_bound, found.greedy, found.seconds)
+    how = f"{method} search, {found.seconds:.1f} s, {found.turns:,} {found.unit}"
+    return plan, f"{how}, interrupted" if progress.interrupted else how
 
 
 def _solve(problem: Problem, args: argparse.Namespace) -> tuple[Plan, str]:
@@ -209,11 +238,14 @@ def _solve(problem: Problem, args: argparse.Namespace) -> tuple[Plan, str]:
 
     began = time.monotonic()
     found = solve_exactly(problem, args.seconds or DEFAULT_SECONDS)
-    plan = plans.make_plan(
-        found.timeline, greedy=greedy(problem).makespan, seconds=time.monotonic() - began
-    )
-    proof = "proven optimal" if found.optimal else f"no plan is shorter than {show(found.bound)}"
-    return plan, f"exact (CP-SAT): {proof}"
+    seconds = time.monotonic() - began
+    first = greedy(problem)
+    best = min(found.timeline, first, key=lambda timeline: timeline.makespan)
+    plan = plans.make_plan(best, greedy=first.makespan, seconds=seconds)
+    if found.optimal:
+        return plan, "exact (CP-SAT): proven optimal"
+    ended = f"exact (CP-SAT): time ran out, the optimum is at least {show(found.bound)}"
+    return plan, f"{ended}; this is the greedy plan" if best is first else ended
 
 
 def _budget(args: argparse.Namespace) -> dict[str, Any]:
@@ -224,6 +256,8 @@ def _budget(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_pareto(problem: Problem, args: argparse.Namespace) -> int:
+    if any(args.pareto.glob("plan-*.json")):
+        raise ScheduleError(f"{args.pareto}: holds plans already; name another folder")
     args.pareto.mkdir(parents=True, exist_ok=True)
     with watched_search() as progress:
         found = pareto(
@@ -231,6 +265,8 @@ def _run_pareto(problem: Problem, args: argparse.Namespace) -> int:
         )
     first = greedy(problem).makespan
     write_front([plans.make_plan(each, greedy=first, seconds=0.0) for each in found], args.pareto)
+    if progress.interrupted:
+        print("interrupted: not all caps on the memory were tried")
     return 0
 
 

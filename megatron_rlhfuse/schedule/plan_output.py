@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_rlhfuse.observe.jsonl import write_atomically
-from megatron_rlhfuse.schedule.baselines import serial_zb_h1
+from megatron_rlhfuse.schedule.baselines import chimera, serial_zb_h1
 from megatron_rlhfuse.schedule.bounds import least_memory
-from megatron_rlhfuse.schedule.draw_numbers import headline, show
+from megatron_rlhfuse.schedule.draw_numbers import gap_to, headline, show
+from megatron_rlhfuse.schedule.errors import ScheduleError
+from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.order import order_to_csv, order_to_tokens
 from megatron_rlhfuse.schedule.plan import Plan, plan_to_json
 
@@ -23,9 +26,13 @@ def report(plan: Plan, how: str) -> None:
     print(headline(timeline))
     print(f"makespan     {show(timeline.makespan)}: {_distance(plan)}")
     speedup = plan.serial_1f1b / timeline.makespan
-    print(f"serial 1F1B  {show(plan.serial_1f1b)}: the plan is {speedup:.2f}x as fast")
+    fits = "" if plan.serial.over_limit() is None else "; it does not keep the memory limit"
+    print(f"serial 1F1B  {show(plan.serial_1f1b)}: the plan is {speedup:.2f}x as fast{fits}")
     if any(model.weight_gradient is not None for model in timeline.problem.models):
         print(f"serial ZB-H1 {show(serial_zb_h1(timeline.problem))}")
+    with suppress(ScheduleError):  # defined for two identical models only
+        bidirectional = evaluate(timeline.problem, chimera(timeline.problem))
+        print(f"Chimera      {show(bidirectional.makespan)}")
     print(f"greedy       {show(plan.greedy)}")
     print(f"bubbles      {100 * timeline.bubble_fraction():.1f} % of the devices' time")
     peak, serial_peak = max(timeline.peak_activation), max(plan.serial.peak_activation)
@@ -40,7 +47,7 @@ def report(plan: Plan, how: str) -> None:
 def _distance(plan: Plan) -> str:
     if plan.at_bound:
         return "no plan is shorter"
-    gap = plan.timeline.makespan / plan.lower_bound - 1
+    gap = gap_to(plan.timeline.makespan, plan.lower_bound)
     return f"{100 * gap:.2f} % above the lower bound ({show(plan.lower_bound)})"
 
 
@@ -73,15 +80,10 @@ def write_files(plan: Plan, paths: Mapping[str, Path | None]) -> None:
 
 
 def write_front(points: Sequence[Plan], folder: Path) -> None:
-    """Prints a front; writes plan-<number>.json for each point, and front.png.
-
-    Plans of an earlier front in the folder go.
-    """
+    """Prints a front; writes plan-<number>.json for each point, and front.png."""
     from megatron_rlhfuse.schedule.draw import save_figure
     from megatron_rlhfuse.schedule.draw_pareto import draw_pareto
 
-    for path in folder.glob("plan-[0-9][0-9].json"):
-        path.unlink()
     print(headline(points[0].timeline))
     print("makespan  peak memory  plan")
     for number, plan in enumerate(points):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhfuse.schedule.errors import ProblemError
+from megatron_rlhfuse.schedule.errors import ProblemError, show_name
 from megatron_rlhfuse.schedule.fields import Fields, is_whole, show
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -107,7 +107,9 @@ def load_problem(path: Path | str) -> Problem:
 def load_json(path: Path | str) -> Any:
     """The JSON of a file. Raises ProblemError for a file that holds none."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=_without_doubles)
+    except ProblemError as error:
+        raise ProblemError(str(path), str(error)) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ProblemError(str(path), f"not JSON: {reason}") from error
@@ -133,6 +135,16 @@ def parse_problem(data: Any) -> Problem:
     if problem.subtasks > MAX_SUBTASKS:
         raise ProblemError("models", f"{problem.subtasks} subtasks, at most {MAX_SUBTASKS} can be")
     return problem
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a field given twice the last would count, unnoticed."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ProblemError(show_name(name), "stands twice")
+        fields[name] = value
+    return fields
 
 
 def problem_to_json(problem: Problem) -> dict[str, Any]:

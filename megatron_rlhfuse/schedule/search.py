@@ -28,11 +28,16 @@ from megatron_rlhfuse.schedule.problem import Problem
 WALKS = 8
 """Of a search bounded by turns: its result must not depend on the number of cores."""
 
+MOST_THREADS = 1024
+
 SLICE_SECONDS = 0.2
 """Time between two reports of progress, in which Ctrl-C is not heard."""
 
 SLICE_TURNS = 64 * WALKS
-"""Turns between two reports where turns bound the search."""
+"""Turns between two reports where turns bound the search, of a problem that is not large."""
+
+SLICE_SUBTASKS = 2**22
+"""Subtasks scheduled between two reports, at most, of a large one."""
 
 SLICE_SWAPS = 100_000
 """The same for an annealing, whose steps are much smaller."""
@@ -120,10 +125,12 @@ def search(
     Raises InfeasibleError if the memory limits do not admit one micro-batch of every pipeline
     alone, ScheduleError for a budget that is none.
     """
-    budget = _Budget(seconds, iterations, SLICE_TURNS)
-    threads = threads or os.cpu_count() or 1
+    turns = max(WALKS, min(SLICE_TURNS, SLICE_SUBTASKS // problem.subtasks))
+    budget = _Budget(seconds, iterations, turns)
+    threads = _threads(threads, seed)
     ticked = to_network(problem)
     first = _greedy(ticked)
+    bound = lower_bound(problem)
     goal, floor = _goal(ticked)
     walks = WALKS if seconds is None else threads
     engine = _planner.Search(ticked.network, goal, floor, ticked.limits, seed, walks)
@@ -131,8 +138,8 @@ def search(
     for order in (one_f_one_b(problem), start):
         if order is not None and evaluate(problem, order).over_limit() is None:
             engine.offer(ticked.row(order))
-    _drive(engine, ticked, budget, threads, stop_at_bound, progress)
-    return _result(engine, ticked, first, budget, "turns")
+    _drive(engine, ticked, budget, threads, stop_at_bound, bound, progress)
+    return _result(engine, ticked, first, bound, budget, "turns")
 
 
 def anneal(
@@ -153,9 +160,10 @@ def anneal(
     by itself, from another seed, and the best is taken; else one anneals.
     """
     budget = _Budget(seconds, iterations, SLICE_SWAPS)
-    threads = threads or os.cpu_count() or 1
+    threads = _threads(threads, seed)
     ticked = to_network(problem)
     first = _greedy(ticked)
+    bound = lower_bound(problem)
     goal, floor = _goal(ticked)
     count = 1 if seconds is None else threads
     # What each chain gets for each of its two annealings, to cool down over.
@@ -175,8 +183,8 @@ def anneal(
     ]
     with ThreadPoolExecutor(len(chains)) as pool:
         engine = _Chains(chains, pool, goal, floor)
-        _drive(engine, ticked, budget, threads, stop_at_bound, progress)
-    return _result(engine, ticked, first, budget, "swaps")
+        _drive(engine, ticked, budget, threads, stop_at_bound, bound, progress)
+    return _result(engine, ticked, first, bound, budget, "swaps")
 
 
 class _Chains:
@@ -211,10 +219,10 @@ def _drive(
     budget: _Budget,
     threads: int,
     stop_at_bound: bool,
+    bound: float,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     """Runs the engine until its goal is met or the budget is spent: makespan first, then memory."""
-    bound = lower_bound(ticked.problem)
 
     def run(tighten: bool, share: float) -> None:
         while not budget.spent(share) and not (engine.done if tighten else engine.at_bound):
@@ -242,18 +250,32 @@ def _drive(
 
 
 def _result(
-    engine: _Engine, ticked: TickedProblem, first: ScheduleRow, budget: _Budget, unit: str
+    engine: _Engine,
+    ticked: TickedProblem,
+    first: ScheduleRow,
+    bound: float,
+    budget: _Budget,
+    unit: str,
 ) -> Result:
     timeline = ticked.timeline(engine.best())
     return Result(
         timeline=timeline,
         greedy=ticked.timeline(first).makespan,
-        lower_bound=lower_bound(ticked.problem),
+        lower_bound=bound,
         least_memory=least_memory(ticked.problem, timeline.makespan),
         seconds=budget.elapsed(),
         turns=budget.turns,
         unit=unit,
     )
+
+
+def _threads(threads: int | None, seed: int) -> int:
+    """How many threads to use. Raises ScheduleError for numbers that make no search."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ScheduleError(f"threads: want a whole number from 1 to {MOST_THREADS}, got {threads}")
+    if not 0 <= seed < 2**63:
+        raise ScheduleError(f"seed: want a whole number from 0 and below 2**63, got {seed}")
+    return threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 class _Budget:
@@ -262,6 +284,10 @@ class _Budget:
     def __init__(self, seconds: float | None, turns: int | None, slice_turns: int) -> None:
         if seconds is None and turns is None:
             raise ScheduleError("search: want a budget, seconds or iterations")
+        if seconds is not None and not seconds > 0:
+            raise ScheduleError(f"seconds: want a number above 0, got {seconds:g}")
+        if turns is not None and turns < 1:
+            raise ScheduleError(f"iterations: want a whole number from 1, got {turns}")
         self._began = time.monotonic()
         self._seconds = math.inf if seconds is None else seconds
         self._most_turns = turns

@@ -4,42 +4,47 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from megatron_rlhfuse.schedule.draw_numbers import show
+from megatron_rlhfuse.schedule.draw_numbers import gap_to, show
 from megatron_rlhfuse.schedule.search import Progress, StopSearch
 
 DEFAULT_SECONDS = 10.0
 """Of a search from the command line for which no budget is given."""
 
 
-@contextmanager
-def watched_search() -> Iterator[Callable[[Progress], None]]:
-    """Gives the `progress` callback for searches in the block.
+class Watch:
+    """The `progress` callback of searches; `interrupted` is set by Ctrl-C."""
 
-    On a terminal it keeps a line on standard error up to date. After Ctrl-C it ends the search
-    that goes on, and each that follows, with the best plan so far.
-    """
-    interrupted = False
+    def __init__(self) -> None:
+        self.interrupted = False
 
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
+    def on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
 
-    def watch(now: Progress) -> None:
+    def __call__(self, now: Progress) -> None:
         if sys.stderr.isatty():
-            gap = now.makespan / now.lower_bound - 1
+            gap = gap_to(now.makespan, now.lower_bound)
             line = (
                 f"\r{now.seconds:6.1f} s  makespan {show(now.makespan)} "
                 f"({100 * gap:.2f} % above the bound)  peak memory {show(now.peak_activation)}"
             )
             print(f"{line}\033[K", end="", file=sys.stderr, flush=True)
-        if interrupted:
+        if self.interrupted:
             raise StopSearch
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+
+@contextmanager
+def watched_search() -> Iterator[Watch]:
+    """Gives the callback for the searches in the block.
+
+    On a terminal it keeps a line on standard error up to date. After Ctrl-C it ends the search
+    that goes on, and each that follows, with the best plan so far.
+    """
+    watch = Watch()
+    previous = signal.signal(signal.SIGINT, watch.on_interrupt)
     try:
         yield watch
     finally:

@@ -16,6 +16,7 @@ from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.schedule.cluster import load_cluster
 from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.schedule.problem import problem_to_json
+from megatron_rlhfuse.schedule.search import MOST_THREADS
 from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, watched_search
 from megatron_rlhfuse.schedule.simulate import (
     BACK_TO_BACK,
@@ -61,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--iterations",
         metavar="N",
         type=whole_number(1),
-        help="bound the searches by their steps: the result is the same on every machine",
+        help="bound the searches by their steps: cores and their speed do not change the result",
     )
     parser.add_argument(
         "--threads",
         metavar="T",
-        type=whole_number(1),
+        type=whole_number(1, MOST_THREADS),
         help="threads of the search (default: all cores)",
     )
     parser.add_argument(
@@ -89,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, refuse: Refuse) -> int:
     for flag in ("json", "png", "problem"):
         output = getattr(args, flag)
+        if output is not None and output.resolve() == args.cluster.resolve():
+            refuse(f"argument --{flag}: {output} is the input")
         if output is not None and (output.is_dir() or not output.parent.is_dir()):
             refuse(f"argument --{flag}: {output} must be a file in a folder that exists")
     try:
@@ -96,14 +99,14 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
         seconds = args.seconds
         if seconds is None and args.iterations is None:
             seconds = DEFAULT_SECONDS
-        with watched_search() as progress:
+        with watched_search() as watch:
             simulation = simulate(
                 cluster,
                 seconds=seconds,
                 iterations=args.iterations,
                 threads=args.threads,
                 seed=args.seed,
-                progress=progress,
+                progress=watch,
             )
         if args.json is not None:
             write_atomically(args.json, json.dumps(to_json(simulation), indent=1) + "\n")
@@ -117,6 +120,8 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
     except OSError as error:
         refuse(f"{error.filename}: {error.strerror}")
     print(text(simulation))
+    if watch.interrupted:
+        print("interrupted: the fused schedules are the best found until then")
     return 0
 
 
@@ -148,7 +153,9 @@ def draw(simulation: Simulation) -> Figure:
         colors = [style.SERIES[name not in fused] for name in names]
         bars = axes.barh(names, times, 0.66, color=colors)
         labels = [f"{time:,.0f} ms   {simulation.speed_up(time):.2f}x" for time in times]
-        axes.bar_label(bars, labels, padding=4, fontsize=8.5, color=style.INK)
+        written = axes.bar_label(bars, labels, padding=4, fontsize=8.5, color=style.INK)
+        for label in written:  # the line of the bound may pass behind it
+            label.set_bbox({"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.0})
         axes.axvline(simulation.lower_bound, color=style.INK, linestyle="--", linewidth=1)
         axes.annotate(
             BOUND,

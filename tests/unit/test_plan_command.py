@@ -191,7 +191,8 @@ def test_a_split_backward_makes_w_subtasks(folder: Path) -> None:
 def test_every_method_makes_a_plan(method: str, folder: Path) -> None:
     if method == "exact":
         pytest.importorskip("ortools", reason="OR-tools is not installed")
-    budget = ["--seconds", "20"] if method == "exact" else ["--iterations", "500"]
+    budgets = {"exact": ["--seconds", "20"], "greedy": []}
+    budget = budgets.get(method, ["--iterations", "500"])
     lines = succeed("small.json", "--method", method, *budget, "-o", "plan.json")
     plan = load_plan("plan.json")
     assert plan.timeline.makespan <= plan.greedy
@@ -199,6 +200,40 @@ def test_every_method_makes_a_plan(method: str, folder: Path) -> None:
     assert value(lines, "by").startswith(method)
     if method == "exact":
         assert value(lines, "by") == "exact (CP-SAT): proven optimal"
+
+
+def test_a_folder_with_plans_is_left_alone(folder: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/plan-07.json").write_text("mine")
+    assert "holds plans already" in refuse("small.json", *QUICK, "--pareto", "mine")
+    assert Path("mine/plan-07.json").read_text() == "mine"
+
+
+def test_outputs_do_not_replace_inputs_links_or_devices(folder: Path) -> None:
+    before = Path("small.json").read_text()
+    assert "is an input" in refuse("small.json", *QUICK, "-o", "small.json")
+    assert "written by --output" in refuse("small.json", *QUICK, "-o", "x", "--csv", "./x")
+    assert Path("small.json").read_text() == before
+    Path("target.json").touch()
+    Path("link.json").symlink_to("target.json")
+    succeed("small.json", *QUICK, "-o", "link.json", "--csv", "/dev/null")
+    assert Path("link.json").is_symlink()
+    assert load_plan("target.json").timeline.makespan > 0
+    assert Path("/dev/null").is_char_device()
+    succeed("target.json", *QUICK, "-o", "target.json")  # a plan may be improved in its place
+
+
+def test_a_baseline_that_does_not_fit_is_said_to(folder: Path) -> None:
+    lines = succeed("small.json", *QUICK, "--memory-limit", "2")
+    assert value(lines, "serial 1F1B").endswith("it does not keep the memory limit")
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
+    command = [sys.executable, "-m", "megatron_rlhfuse", "plan", "small.json", *QUICK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_the_same_seed_gives_the_same_file(folder: Path) -> None:
@@ -216,10 +251,8 @@ def test_a_memory_limit_stands_in_place_of_the_problems(folder: Path) -> None:
     assert plan.timeline.problem.memory_limit == (4.5, 4.5)
     assert max(plan.timeline.peak_activation) <= 4.5
     line = refuse("small.json", "--memory-limit", "1.5")
-    assert line.endswith(
-        "small.json: memory_limit: device 0 has 1.5, less than one micro-batch of models[0] "
-        "takes there"
-    )
+    assert "small.json: memory_limit: device 0 has 1.5, a micro-batch of actor " in line
+    assert line.endswith(" takes 2 there")
 
 
 def test_the_highest_memory_limit_gives_a_plan_that_can_be_read(folder: Path) -> None:
@@ -268,7 +301,7 @@ def test_a_front_is_a_folder_of_plans(folder: Path) -> None:
         (["small.json", "--memory-limit", "-1"], "--memory-limit: want a number of at least 0"),
         (["small.json", "--memory-limit", "nan"], "--memory-limit: want a number of at least 0"),
         (["small.json", "--memory-limit", "1e300"], "--memory-limit: want a number"),
-        (["small.json", "--memory-limit", "0"], "small.json: memory_limit: device 0 has 0, less"),
+        (["small.json", "--memory-limit", "0"], "small.json: memory_limit: device 0 has 0, a"),
         (["small.json", "-o", "."], "--output: . must be a file"),
         (["small.json", "-o", "no/plan.json"], "--output: no/plan.json must be a file in a folder"),
         (["small.json", "--png", "plan.jpg"], "--png: plan.jpg must end in .png"),

@@ -353,17 +353,21 @@ def test_any_change_of_a_token_is_refused(
         (
             ONE_STAGE_PER_DEVICE,
             "a0F0 a0F1 a0B1 a0B0\na0F0 a0B0 a0B1 a0F1",
-            ["a0B1 waits for a0F1 at device 1, position 3"],
+            ["a0B1 on device 1 waits for a0F1 on device 1, position 3"],
         ),
         (
             ONE_STAGE_PER_DEVICE,
             "a0F0 a0B0 a0F1 a0B1\na0F0 a0F1 a0B0 a0B1",
             [
-                "a0B0 waits for a0B0 at device 1, position 2",
-                "a0F1 waits for a0F1 at device 0, position 2",
+                "a0B0 on device 0 waits for a0B0 on device 1, position 2",
+                "a0F1 on device 1 waits for a0F1 on device 0, position 2",
             ],
         ),
-        (SPLIT, "a0F0 a0W0 a0B0 a0F1 a0B1 a0W1", ["a0W0 waits for a0B0 at device 0, position 2"]),
+        (
+            SPLIT,
+            "a0F0 a0W0 a0B0 a0F1 a0B1 a0W1",
+            ["a0W0 on device 0 waits for a0B0 on device 0, position 2"],
+        ),
     ],
 )
 def test_a_deadlock_names_who_waits_for_whom(problem: Problem, text: str, parts: list[str]) -> None:

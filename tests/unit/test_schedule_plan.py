@@ -120,7 +120,7 @@ TAMPERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda data: data["order"][0].append("a0F3"), "(a0F3): the problem has no such micro-batch"),
     (lambda data: data["order"][0].insert(0, "F"), "device 0, position 0 (F): not a token"),
     (lambda data: data["order"][0].insert(0, 5), "device 0, position 0 (5): not a token"),
-    (swap(1, "a0F0", "a0B0"), "a deadlock: a0B0 waits for a0F0 at device 1"),
+    (swap(1, "a0F0", "a0B0"), "a deadlock: a0B0 on device 1 waits for a0F0 on device 1"),
     (swap(0, "a0F0", "a0B2"), "a deadlock: "),
 ]
 

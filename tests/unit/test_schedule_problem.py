@@ -17,6 +17,7 @@ from megatron_rlhfuse.schedule.problem import (
     MAX_SUBTASKS,
     Model,
     Problem,
+    load_json,
     load_problem,
     parse_problem,
     problem_to_json,
@@ -283,3 +284,11 @@ def test_a_file_whose_name_breaks_lines_is_named_in_one(tmp_path: Path) -> None:
         load_problem(path)
     assert str(caught.value).startswith(f"{caught.value.field}: ")
     assert str(caught.value).isprintable()
+
+
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "problem.json"
+    path.write_text('{"devices": 4, "devices": 8, "models": []}')
+    with pytest.raises(ProblemError, match="devices: stands twice") as caught:
+        load_json(path)
+    assert caught.value.field == str(path)

@@ -503,3 +503,25 @@ def test_walks_of_a_search_by_time_use_every_thread(monkeypatch: pytest.MonkeyPa
     search(published(0), seconds=0.1, threads=3)
     search(published(0), iterations=1, threads=3)
     assert walks == [3, searches.WALKS]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"seconds": 0}, "seconds"),
+        ({"iterations": 0}, "iterations"),
+        ({"iterations": 10, "threads": 0}, "threads"),
+        ({"iterations": 10, "seed": -1}, "seed"),
+    ],
+)
+def test_numbers_that_make_no_search_are_refused(wrong: dict[str, int], field: str) -> None:
+    for method in (search, anneal):
+        with pytest.raises(ScheduleError, match=f"^{field}: want"):
+            method(published(5), **wrong)
+
+
+def test_a_front_reaches_down_to_one_micro_batch_whatever_transfers_cost() -> None:
+    slow = replace(published(5), p2p=1000.0)
+    points = pareto(slow, iterations=4000)
+    assert len(points) > 3
+    assert max(points[-1].peak_activation) < 0.5 * max(points[0].peak_activation)

@@ -246,7 +246,7 @@ BAD_FIELDS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (put("recomputation", "some"), "recomputation: want one of none, selective, full"),
     (put("sequence_parallel", 1), "sequence_parallel: want true or false"),
     (put("mfu", 1.5), "mfu: want a share"),
-    (put("link_efficiency", 0), "link_efficiency: want a number above 0"),
+    (put("link_efficiency", 0), "link_efficiency: want a number of at least 0.001"),
     (put("p2p", None), "p2p: missing"),
     (put("actor", 7), "actor: want a JSON object"),
     (put("actor.tp", 3), "actor.tp: want a divisor of gpus_per_node 8"),
