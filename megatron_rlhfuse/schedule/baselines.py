@@ -31,28 +31,27 @@ def serial_1f1b(problem: Problem) -> float:
 
     A model with uniform stages, one pipeline and no transfer cost takes (M + N - 1) (F + B).
     """
-    return _serial_makespan(merge_backward(problem), one_f_one_b)
+    return serial_timeline(merge_backward(problem), one_f_one_b).makespan
 
 
-def serial_timeline(problem: Problem) -> Timeline:
-    """The schedule of `serial_1f1b`, to be looked at: a model starts when the one before ends.
+def serial_timeline(problem: Problem, schedule: Callable[[Problem], Order]) -> Timeline:
+    """The models one after the other, each alone under `schedule`.
 
-    Its starts are later than `evaluate` would have them, for the flush between the models.
+    A model starts when the one before has ended. For that flush between them the starts are later
+    than `evaluate` would have them.
     """
-    merged = merge_backward(problem)
     order: Order = [[] for _ in range(problem.devices)]
     start: list[list[float]] = [[] for _ in range(problem.devices)]
     peaks = [0.0] * problem.devices
     makespan = 0.0
-    for m, model in enumerate(merged.models):
-        alone = replace(merged, models=(model,))
-        timeline = evaluate(alone, one_f_one_b(alone))
+    for m, alone in enumerate(_models_alone(problem)):
+        timeline = evaluate(alone, schedule(alone))
         for device, row in enumerate(timeline.order):
             order[device] += [subtask._replace(model=m) for subtask in row]
             start[device] += [makespan + time for time in timeline.start[device]]
             peaks[device] = max(peaks[device], timeline.peak_activation[device])
         makespan += timeline.makespan
-    return Timeline(merged, order, start, makespan, peaks)
+    return Timeline(problem, order, start, makespan, peaks)
 
 
 def one_f_one_b(problem: Problem) -> Order:
@@ -160,7 +159,7 @@ def serial_zb_h1(problem: Problem) -> float:
     rest of the backward, a model with uniform stages, M >= N and W no longer than F or B takes
     M (F + B + W) + (N - 1) (F + B - W); with a longer W, (F + B - min(F, B)) stands for the last.
     """
-    return _serial_makespan(split_backward(problem), zb_h1)
+    return serial_timeline(split_backward(problem), zb_h1).makespan
 
 
 def zb_h1(problem: Problem) -> Order:
@@ -254,10 +253,6 @@ def split_backward(problem: Problem) -> Problem:
 def _models_alone(problem: Problem) -> Iterator[Problem]:
     for model in problem.models:
         yield Problem(problem.devices, (model,), problem.p2p)
-
-
-def _serial_makespan(problem: Problem, schedule: Callable[[Problem], Order]) -> float:
-    return sum(evaluate(alone, schedule(alone)).makespan for alone in _models_alone(problem))
 
 
 def _rounds(devices: tuple[int, ...]) -> int:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_rlhfuse.schedule.baselines import serial_timeline
+from megatron_rlhfuse.schedule.baselines import merge_backward, one_f_one_b, serial_timeline
 from megatron_rlhfuse.schedule.bounds import lower_bound, reaches
 from megatron_rlhfuse.schedule.errors import ProblemError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
@@ -41,7 +41,7 @@ class Plan:
     @cached_property
     def serial(self) -> Timeline:
         """One model after the other under 1F1B."""
-        return serial_timeline(self.timeline.problem)
+        return serial_timeline(merge_backward(self.timeline.problem), one_f_one_b)
 
     @property
     def serial_1f1b(self) -> float:

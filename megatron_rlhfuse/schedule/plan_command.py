@@ -11,7 +11,6 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_rlhfuse.cli import Refuse, positive_seconds, whole_number
 from megatron_rlhfuse.schedule import plan as plans
@@ -26,7 +25,7 @@ from megatron_rlhfuse.schedule.plan import Plan
 from megatron_rlhfuse.schedule.plan_output import FILES, report, write_files, write_front
 from megatron_rlhfuse.schedule.problem import Problem, load_json, parse_problem
 from megatron_rlhfuse.schedule.search import MOST_THREADS, anneal, greedy, search
-from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, watched_search
+from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, budget, watched_search
 
 METHODS = ("guided", "annealing", "exact", "greedy")
 
@@ -218,7 +217,7 @@ def _search(problem: Problem, start: Order | None, args: argparse.Namespace) -> 
     method = args.method or "guided"
     with watched_search() as progress:
         settings = {
-            **_budget(args),
+            **budget(args.seconds, args.iterations),
             "threads": args.threads,
             "seed": args.seed or 0,
             "stop_at_bound": args.stop_at_bound,
@@ -248,20 +247,17 @@ def _solve(problem: Problem, args: argparse.Namespace) -> tuple[Plan, str]:
     return plan, f"{ended}; this is the greedy plan" if best is first else ended
 
 
-def _budget(args: argparse.Namespace) -> dict[str, Any]:
-    seconds = args.seconds
-    if seconds is None and args.iterations is None:
-        seconds = DEFAULT_SECONDS
-    return {"seconds": seconds, "iterations": args.iterations}
-
-
 def _run_pareto(problem: Problem, args: argparse.Namespace) -> int:
     if any(args.pareto.glob("plan-*.json")):
         raise ScheduleError(f"{args.pareto}: holds plans already; name another folder")
     args.pareto.mkdir(parents=True, exist_ok=True)
     with watched_search() as progress:
         found = pareto(
-            problem, **_budget(args), threads=args.threads, seed=args.seed or 0, progress=progress
+            problem,
+            **budget(args.seconds, args.iterations),
+            threads=args.threads,
+            seed=args.seed or 0,
+            progress=progress,
         )
     first = greedy(problem).makespan
     write_front([plans.make_plan(each, greedy=first, seconds=0.0) for each in found], args.pareto)

@@ -7,12 +7,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from megatron_rlhfuse.schedule.draw_numbers import gap_to, show
 from megatron_rlhfuse.schedule.search import Progress, StopSearch
 
 DEFAULT_SECONDS = 10.0
 """Of a search from the command line for which no budget is given."""
+
+
+def budget(seconds: float | None, iterations: int | None) -> dict[str, Any]:
+    """The arguments of a search for the flags --seconds and --iterations."""
+    if seconds is None and iterations is None:
+        seconds = DEFAULT_SECONDS
+    return {"seconds": seconds, "iterations": iterations}
 
 
 class Watch:

@@ -10,7 +10,7 @@ Unit of times: ms, of memory: GB, per GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlhfuse.schedule import baselines
@@ -20,7 +20,6 @@ from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.estimate import split_layers
 from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate
 from megatron_rlhfuse.schedule.layout import Placement
-from megatron_rlhfuse.schedule.order import Order
 from megatron_rlhfuse.schedule.presets import TransformerShape
 from megatron_rlhfuse.schedule.problem import Problem
 from megatron_rlhfuse.schedule.search import Progress, greedy, search
@@ -182,28 +181,18 @@ def to_json(simulation: Simulation) -> dict[str, Any]:
 
 def _serial_runs(problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
     """One model after the other, under each of the classic schedules."""
+    serial = baselines.serial_timeline
     runs = {
-        SERIAL: _serial(problem, baselines.one_f_one_b),
-        ZB_H1: _serial(baselines.split_backward(problem), baselines.zb_h1),
+        SERIAL: _run(serial(problem, baselines.one_f_one_b)),
+        ZB_H1: _run(serial(baselines.split_backward(problem), baselines.zb_h1)),
     }
     missing = {}
-    if baselines.serial_interleaved_1f1b(problem) is None:
+    if any(model.micro_batches % model.stages for model in problem.models):
         missing[INTERLEAVED] = "wants micro-batches per pipeline that are a multiple of the stages"
     else:
-        runs[INTERLEAVED] = _serial(
-            baselines.virtual_stages(problem, chunks=2), baselines.one_f_one_b
-        )
+        virtual = baselines.virtual_stages(problem, chunks=2)
+        runs[INTERLEAVED] = _run(serial(virtual, baselines.one_f_one_b))
     return runs, missing
-
-
-def _serial(problem: Problem, schedule: Callable[[Problem], Order]) -> Run:
-    """The sum of the times of each model alone, the higher of their peaks on every device."""
-    runs = []
-    for model in problem.models:
-        alone = replace(problem, models=(model,))
-        runs.append(_run(evaluate(alone, schedule(alone))))
-    peaks = zip(*(run.peak for run in runs), strict=True)
-    return Run(sum(run.time for run in runs), tuple(map(max, peaks)))
 
 
 def _run(timeline: Timeline) -> Run:

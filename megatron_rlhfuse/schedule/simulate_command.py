@@ -17,7 +17,7 @@ from megatron_rlhfuse.schedule.cluster import load_cluster
 from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.schedule.problem import problem_to_json
 from megatron_rlhfuse.schedule.search import MOST_THREADS
-from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, watched_search
+from megatron_rlhfuse.schedule.search_terminal import budget, watched_search
 from megatron_rlhfuse.schedule.simulate import (
     BACK_TO_BACK,
     GREEDY,
@@ -96,14 +96,10 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
             refuse(f"argument --{flag}: {output} must be a file in a folder that exists")
     try:
         cluster = load_cluster(args.cluster)
-        seconds = args.seconds
-        if seconds is None and args.iterations is None:
-            seconds = DEFAULT_SECONDS
         with watched_search() as watch:
             simulation = simulate(
                 cluster,
-                seconds=seconds,
-                iterations=args.iterations,
+                **budget(args.seconds, args.iterations),
                 threads=args.threads,
                 seed=args.seed,
                 progress=watch,

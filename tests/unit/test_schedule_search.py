@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlhfuse.schedule import search as searches
-from megatron_rlhfuse.schedule.baselines import one_f_one_b, serial_timeline
+from megatron_rlhfuse.schedule.baselines import merge_backward, one_f_one_b, serial_timeline
 from megatron_rlhfuse.schedule.bounds import least_memory, lower_bound
 from megatron_rlhfuse.schedule.errors import InfeasibleError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
@@ -204,7 +204,10 @@ def test_a_search_is_no_longer_than_greedy_and_1f1b(problem: Problem) -> None:
     assert search(problem, seconds=1e-9).timeline.makespan * (1 - 1e-8) <= found.greedy
     assert makespan <= found.greedy
     assert anneal(problem, iterations=8, threads=1).timeline.makespan * (1 - 1e-8) <= found.greedy
-    for baseline in (evaluate(problem, one_f_one_b(problem)), serial_timeline(problem)):
+    for baseline in (
+        evaluate(problem, one_f_one_b(problem)),
+        serial_timeline(merge_backward(problem), one_f_one_b),
+    ):
         if baseline.over_limit() is None:
             assert makespan <= baseline.makespan
 
@@ -287,7 +290,7 @@ def test_the_published_instances_meet_their_bounds(number: int) -> None:
 
 def test_a_published_instance_under_the_peak_of_serial_1f1b() -> None:
     problem = published(5)
-    limit = max(serial_timeline(problem).peak_activation)
+    limit = max(serial_timeline(merge_backward(problem), one_f_one_b).peak_activation)
     found = search(replace(problem, memory_limit=(limit,) * 8), iterations=600).timeline
     assert peak(checked(found)) <= limit
     assert found.makespan == PUBLISHED_BOUNDS[5]
@@ -481,7 +484,7 @@ def test_a_front_holds_what_no_other_point_beats() -> None:
         checked(timeline)
     assert found[0].makespan == PUBLISHED_BOUNDS[1]
     assert front(found[::-1]) == found
-    assert front([*found, serial_timeline(problem)])[0] is found[0]
+    assert front([*found, serial_timeline(merge_backward(problem), one_f_one_b)])[0] is found[0]
 
 
 @settings(max_examples=25, deadline=None)
