@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 TOY := build/toy
 # Folders of tests in the order they run: the quickest to fail first.
 TESTS := $(wildcard tests/unit tests/distributed tests/e2e tests/gpu)
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CSRC := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .PHONY: help install test lint format toy demo bench benchplan picture clean
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron_rlhfuse.schedule import baselines
 from megatron_rlhfuse.schedule.bounds import lower_bound
-from megatron_rlhfuse.schedule.cluster import Cluster, plan_cluster
+from megatron_rlhfuse.schedule.cluster import Cluster
+from megatron_rlhfuse.schedule.cluster_problem import plan_cluster
 from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.estimate import split_layers
 from megatron_rlhfuse.schedule.evaluate import ROUNDING, Timeline, evaluate

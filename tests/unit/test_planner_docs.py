@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from megatron_rlhfuse.schedule import plan_command, simulate_command
-from megatron_rlhfuse.schedule.cluster import parse_cluster, plan_cluster
+from megatron_rlhfuse.schedule.cluster import parse_cluster
+from megatron_rlhfuse.schedule.cluster_problem import plan_cluster
 from megatron_rlhfuse.schedule.errors import ProblemError
 from megatron_rlhfuse.schedule.estimate import (
     DEFAULT_LINK_EFFICIENCY,
@@ -268,3 +269,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {each.lower().replace(" ", "-") for each in headings}, target
+
+
+def test_readme_has_no_gap_left_to_fill() -> None:
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", (ROOT / "README.md").read_text(encoding="utf-8"))

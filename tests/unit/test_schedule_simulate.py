@@ -12,7 +12,8 @@ import pytest
 
 from megatron_rlhfuse import cli
 from megatron_rlhfuse.schedule import baselines, simulate
-from megatron_rlhfuse.schedule.cluster import load_cluster, parse_cluster, plan_cluster
+from megatron_rlhfuse.schedule.cluster import load_cluster, parse_cluster
+from megatron_rlhfuse.schedule.cluster_problem import plan_cluster
 from megatron_rlhfuse.schedule.errors import InfeasibleError, ProblemError
 from megatron_rlhfuse.schedule.estimate import Training, estimate_stages
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
