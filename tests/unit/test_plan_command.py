@@ -202,6 +202,15 @@ def test_every_method_makes_a_plan(method: str, folder: Path) -> None:
         assert value(lines, "by") == "exact (CP-SAT): proven optimal"
 
 
+def test_identical_models_in_opposite_directions_are_compared_with_chimera(folder: Path) -> None:
+    model = {"micro_batches": 8, "forward": 1, "backward": 2, "activation": 1}
+    models = [{**model, "pipelines": [line]} for line in ([0, 1, 2, 3], [3, 2, 1, 0])]
+    Path("twins.json").write_text(json.dumps({"devices": 4, "models": models}))
+    lines = succeed("twins.json", *QUICK)
+    assert float(value(lines, "Chimera")) >= float(value(lines, "makespan").partition(":")[0])
+    assert not any(line.startswith("Chimera") for line in succeed("small.json", *QUICK))
+
+
 def test_a_folder_with_plans_is_left_alone(folder: Path) -> None:
     Path("mine").mkdir()
     Path("mine/plan-07.json").write_text("mine")
