@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rlhfuse.cli import Refuse, positive_seconds, whole_number
+from megatron_rlhfuse.cli import Refuse
 from megatron_rlhfuse.schedule import plan as plans
 from megatron_rlhfuse.schedule.baselines import split_backward
 from megatron_rlhfuse.schedule.draw_numbers import show
@@ -24,8 +24,13 @@ from megatron_rlhfuse.schedule.pareto import pareto
 from megatron_rlhfuse.schedule.plan import Plan
 from megatron_rlhfuse.schedule.plan_output import FILES, report, write_files, write_front
 from megatron_rlhfuse.schedule.problem import Problem, load_json, parse_problem
-from megatron_rlhfuse.schedule.search import MOST_THREADS, anneal, greedy, search
-from megatron_rlhfuse.schedule.search_terminal import DEFAULT_SECONDS, budget, watched_search
+from megatron_rlhfuse.schedule.search import anneal, greedy, search
+from megatron_rlhfuse.schedule.search_terminal import (
+    DEFAULT_SECONDS,
+    add_search_flags,
+    budget,
+    watched_search,
+)
 
 METHODS = ("guided", "annealing", "exact", "greedy")
 
@@ -33,24 +38,7 @@ METHODS = ("guided", "annealing", "exact", "greedy")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("problem", metavar="PROBLEM.json", type=Path, help="a problem, or a plan")
     parser.add_argument("-o", "--output", metavar="PLAN.json", type=Path, help="write the plan")
-    parser.add_argument(
-        "--seconds",
-        metavar="S",
-        type=positive_seconds,
-        help="time to search (default: 10, or no limit with --iterations)",
-    )
-    parser.add_argument(
-        "--iterations",
-        metavar="N",
-        type=whole_number(1),
-        help="bound the search by its steps: cores and their speed do not change the result",
-    )
-    parser.add_argument(
-        "--threads", metavar="T", type=whole_number(1, MOST_THREADS), help="default: all cores"
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=whole_number(0), help="of the search (default: 0)"
-    )
+    add_search_flags(parser)
     parser.add_argument(
         "--method",
         choices=METHODS,

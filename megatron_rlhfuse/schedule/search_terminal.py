@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,11 +10,34 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from megatron_rlhfuse.cli import positive_seconds, whole_number
 from megatron_rlhfuse.schedule.draw_numbers import gap_to, show
-from megatron_rlhfuse.schedule.search import Progress, StopSearch
+from megatron_rlhfuse.schedule.search import MOST_THREADS, Progress, StopSearch
 
 DEFAULT_SECONDS = 10.0
 """Of a search from the command line for which no budget is given."""
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that searches; the seed is None where it is not given."""
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        type=positive_seconds,
+        help="time of a search (default: 10, or no limit with --iterations)",
+    )
+    parser.add_argument(
+        "--iterations",
+        metavar="N",
+        type=whole_number(1),
+        help="bound a search by its steps: cores and their speed do not change the result",
+    )
+    parser.add_argument(
+        "--threads", metavar="T", type=whole_number(1, MOST_THREADS), help="default: all cores"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=whole_number(0), help="of the search (default: 0)"
+    )
 
 
 def budget(seconds: float | None, iterations: int | None) -> dict[str, Any]:

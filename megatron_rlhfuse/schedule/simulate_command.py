@@ -11,13 +11,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rlhfuse.cli import Refuse, positive_seconds, whole_number
+from megatron_rlhfuse.cli import Refuse
 from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.schedule.cluster import load_cluster
 from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.schedule.problem import problem_to_json
-from megatron_rlhfuse.schedule.search import MOST_THREADS
-from megatron_rlhfuse.schedule.search_terminal import budget, watched_search
+from megatron_rlhfuse.schedule.search_terminal import add_search_flags, budget, watched_search
 from megatron_rlhfuse.schedule.simulate import (
     BACK_TO_BACK,
     GREEDY,
@@ -52,31 +51,7 @@ _COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER.json", type=Path, help="the cluster")
-    parser.add_argument(
-        "--seconds",
-        metavar="S",
-        type=positive_seconds,
-        help="time of each of two searches (default: 10, or no limit with --iterations)",
-    )
-    parser.add_argument(
-        "--iterations",
-        metavar="N",
-        type=whole_number(1),
-        help="bound the searches by their steps: cores and their speed do not change the result",
-    )
-    parser.add_argument(
-        "--threads",
-        metavar="T",
-        type=whole_number(1, MOST_THREADS),
-        help="threads of the search (default: all cores)",
-    )
-    parser.add_argument(
-        "--seed",
-        metavar="N",
-        type=whole_number(0),
-        default=0,
-        help="seed of the search (default: 0)",
-    )
+    add_search_flags(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers as JSON")
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the times as bars")
     parser.add_argument(
@@ -101,7 +76,7 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
                 cluster,
                 **budget(args.seconds, args.iterations),
                 threads=args.threads,
-                seed=args.seed,
+                seed=args.seed or 0,
                 progress=watch,
             )
         if args.json is not None:
