@@ -1,4 +1,4 @@
-"""Build of the C++ extensions; everything declarative is in pyproject.toml.
+"""Build of the C++ extensions, and where patches/ goes; the rest is in pyproject.toml.
 
 `csrc/` is C++17 with pybind11 and without libtorch, so one build serves every torch. A compiler
 is needed (g++ or clang++; $CXX chooses another).
@@ -10,6 +10,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+PATCHES = sorted(path.relative_to(ROOT) for path in ROOT.glob("patches/**/*") if path.is_file())
 
 setup(
     ext_modules=[
@@ -21,5 +22,7 @@ setup(
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],
         )
-    ]
+    ],
+    # `rlhfuse patch` looks for them there where it does not run from a checkout.
+    data_files=[(f"share/megatron_rlhfuse/{path.parent}", [str(path)]) for path in PATCHES],
 )

@@ -38,6 +38,9 @@ COMMANDS = {
     "doctor": Command(
         "megatron_rlhfuse.doctor", "check the versions and the machine of this installation"
     ),
+    "patch": Command(
+        "megatron_rlhfuse.patch_command", "prepare a Megatron-LM tree of one's own for fusion"
+    ),
 }
 
 

@@ -42,6 +42,13 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def device_name() -> str:
+    """What the device calls itself; for a CPU, the machine and its cores."""
+    if has_cuda():
+        return torch.cuda.get_device_name()
+    return f"{os.uname().machine} x {os.cpu_count()}"
+
+
 def default_flags() -> dict[str, Any]:
     """Megatron flags (by attribute name) that this machine needs; a user's own value wins."""
     if has_cuda():

@@ -22,10 +22,10 @@ from megatron_rlhfuse.assembly import (
     start_megatron,
 )
 from megatron_rlhfuse.data import Prompt, PromptDataset, PromptSampler
-from megatron_rlhfuse.inference.broadcast import broadcast_messages
 from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.models.save import save_hf
+from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.rlhf.kl import make_kl_controller
 from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.run_record import RunRecord

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.data import Prompt
-from megatron_rlhfuse.inference.broadcast import broadcast_messages
 from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.observe.trace import Tracer
+from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.pipeline.groups import ModelGroups
 from megatron_rlhfuse.pipeline.model import PipelinedModel
 from megatron_rlhfuse.rollout.samples import Sample

@@ -44,6 +44,19 @@ class InfeasibleError(ScheduleError):
     """The memory limit admits no schedule, or none was found under it."""
 
 
+class LoweringError(ScheduleError):
+    """The programs of the devices cannot be executed; says where.
+
+    Attributes:
+        device, position: the instruction at fault
+    """
+
+    def __init__(self, device: int, position: int, message: str) -> None:
+        super().__init__(f"device {device}, position {position}: {message}")
+        self.device = device
+        self.position = position
+
+
 class OrderError(ScheduleError):
     """A device's list of subtasks is wrong; says where.
 

@@ -113,8 +113,8 @@ class _Job:
 
         Every rank gets the results, by sample id.
         """
-        from megatron_rlhfuse.inference.broadcast import broadcast_messages
         from megatron_rlhfuse.inference.scored import ScoredSample
+        from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 
         self.iteration += 1
         if dist.get_rank() == 0:

@@ -1,0 +1,346 @@
+"""Which plan a fused pipeline runs: measure, plan beside the training, then keep to the plan.
+
+1. The first step runs back-to-back 1F1B, which takes no more memory than training the models one
+   after the other, and measures what every micro-batch holds and how long it takes.
+2. The next `profile_steps` steps run the greedy plan of those numbers, and measure again: stages
+   take longer while other ranks of the same machine work too.
+3. Rank 0 searches in a thread, for `search_seconds`; training goes on with the greedy plan.
+4. The plan found is broadcast, kept on disk, and run from then on.
+
+Where a plan is not shorter than back-to-back 1F1B, or does not fit the memory, that is run instead.
+A plan that was given, or is found on disk, is run from the first step.
+
+Every rank goes through the same states in the same steps: all that a decision depends on was
+gathered or broadcast before. Which plan runs never changes what is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
+from megatron_rlhfuse.pipeline.devices import DeviceMap
+from megatron_rlhfuse.pipeline.errors import PlanMismatchError
+from megatron_rlhfuse.pipeline.plan_cache import PlanCache
+from megatron_rlhfuse.pipeline.profile import (
+    Costs,
+    gather_costs,
+    make_problem,
+    median_costs,
+    unmeasured_problem,
+)
+from megatron_rlhfuse.schedule.baselines import one_f_one_b
+from megatron_rlhfuse.schedule.errors import InfeasibleError, ScheduleError
+from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
+from megatron_rlhfuse.schedule.lowering import forward_only, lower
+from megatron_rlhfuse.schedule.order import order_to_tokens, parse_order
+from megatron_rlhfuse.schedule.plan import load_plan, make_plan, parse_plan, plan_to_json
+from megatron_rlhfuse.schedule.problem import Problem
+from megatron_rlhfuse.schedule.program import Program
+from megatron_rlhfuse.schedule.replay import prove
+from megatron_rlhfuse.schedule.search import Progress, StopSearch, greedy, search
+
+WIN = 1e-3
+"""Relative: a plan must be shorter than back-to-back 1F1B by this much to be worth its memory."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How a pipeline gets its plan.
+
+    Attributes:
+        plan: a file that `rlhfuse plan` wrote; None plans by itself
+        search_seconds: budget of the search on rank 0, which trains meanwhile; 0 keeps the greedy
+            plan
+        search_threads: of that search
+        profile_steps: steps to measure under the greedy plan
+        cache: folder of plans; None keeps none
+        memory_limit: bytes of activations that a rank may hold, both models together
+        receives_ahead: receives posted before the first of a channel is waited for
+    """
+
+    plan: Path | str | None = None
+    search_seconds: float = 10.0
+    search_threads: int = 1
+    profile_steps: int = 3
+    cache: Path | str | None = None
+    memory_limit: float = math.inf
+    receives_ahead: int = 2
+
+
+class AutoPlan:
+    """The plan of one problem, through a job. COLLECTIVE calls are marked."""
+
+    def __init__(
+        self,
+        devices: DeviceMap,
+        micro_batches: Sequence[int],
+        options: PlanOptions,
+        key: Mapping[str, Any],
+        measure_transfer: Callable[[], float],
+    ) -> None:
+        """`key`: what else the times depend on, for the cache; rank 0's is taken.
+        `measure_transfer`: seconds of a hop, COLLECTIVE."""
+        self._devices = devices
+        self._micro_batches = tuple(micro_batches)
+        self._options = options
+        self._cache = PlanCache(options.cache) if options.cache is not None else None
+        self._key = {
+            **key,
+            "micro_batches": list(micro_batches),
+            "pipelines": devices.pipelines,
+            "groups": len(devices.groups),
+            "memory_limit": str(options.memory_limit),
+        }
+        self._measure_transfer = measure_transfer
+        self._transfer = 0.0
+        self._steps: list[Costs] = []
+        self._search: _Search | None = None
+        self._programs: dict[bool, list[Program]] = {}
+        self.timeline: Timeline
+        """The plan, with its times in seconds; before the first step was measured, without."""
+        self.source = ""
+        """1f1b, greedy, search, cache or file."""
+        self.is_measured = False
+        """Whether the times of `timeline` are measured ones."""
+        self._begun = False
+
+    @property
+    def profiling(self) -> bool:
+        """Whether the coming step is to be timed."""
+        return self._search is None and not self._settled
+
+    @property
+    def measures_memory(self) -> bool:
+        """Whether the coming step is to be metered."""
+        return self.profiling and not self._steps
+
+    def program(self, device: int, forward: bool) -> Program:
+        """What a device runs; `forward`: its forwards alone."""
+        if forward not in self._programs:
+            problem, order = self.timeline.problem, self.timeline.order
+            if forward:
+                order = forward_only(order)
+            programs = lower(problem, order, self._options.receives_ahead)
+            prove(programs)
+            self._programs[forward] = programs
+        return self._programs[forward][device]
+
+    def before_step(self) -> None:
+        """Takes up a plan that has become ready. COLLECTIVE over the job.
+
+        Raises PlanMismatchError or ScheduleError, on every rank, for a plan that cannot be run.
+        """
+        if not self._begun:
+            self._begun = True
+            self._begin()
+        elif self._search is not None:
+            self._take_up_search()
+
+    def after_step(self, costs: Costs | None) -> None:
+        """Takes down what a step has cost on this rank, if it was timed. COLLECTIVE then."""
+        if costs is None or not self.profiling:
+            return
+        self._steps.append(costs)
+        if len(self._steps) == 1:
+            self._transfer = self._measure_transfer()
+            problem = self._gather(self._steps)
+            if self.source == "file":
+                self._settle(evaluate(problem, self.timeline.order), "file", measured=True)
+            else:
+                self._adopt(*_greedy(problem), measured=True)
+                self._settled = self._options.profile_steps == 0
+        # The first step made buffers and warmed caches: what the others say is truer.
+        elif len(self._steps) == 1 + self._options.profile_steps:
+            problem = self._gather(self._steps[1:])
+            self._adopt(*_greedy(problem), measured=True)
+            if self._options.search_seconds > 0:
+                self._search = _Search(self.timeline, self._options)
+            else:
+                self._settled = True
+
+    def close(self) -> None:
+        """Ends a search that is still going on."""
+        if self._search is not None:
+            self._search.stop()
+
+    _settled = False
+
+    def _begin(self) -> None:
+        plan = None
+        if self._options.plan is not None:
+            text = _from_rank_0(lambda: json.dumps(plan_to_json(load_plan(self._options.plan))))  # type: ignore[arg-type]
+            plan = parse_plan(json.loads(text))
+            check_plan(plan.timeline.problem, self._devices, self._micro_batches)
+            # Run from the first step, and timed in it: a file's times may be in any unit.
+            self._adopt(plan.timeline, "file", measured=False)
+            return
+        text = _from_rank_0(self._cached)
+        if text:
+            plan = parse_plan(json.loads(text))
+            self._settle(plan.timeline, "cache", measured=True)
+            return
+        problem = unmeasured_problem(self._devices, self._micro_batches)
+        self._adopt(evaluate(problem, one_f_one_b(problem)), "1f1b", measured=False)
+
+    def _cached(self) -> str:
+        plan = self._cache.load(self._key) if self._cache is not None else None
+        if plan is None:
+            return ""
+        try:
+            check_plan(plan.timeline.problem, self._devices, self._micro_batches)
+        except PlanMismatchError:
+            return ""
+        return json.dumps(plan_to_json(plan))
+
+    def _gather(self, steps: Sequence[Costs]) -> Problem:
+        costs, transfer = gather_costs(self._devices, median_costs(steps), self._transfer)
+        limit = self._options.memory_limit
+        return make_problem(self._devices, self._micro_batches, costs, transfer, limit)
+
+    def _take_up_search(self) -> None:
+        assert self._search is not None
+        search_ = self._search
+        text = _from_rank_0(lambda: search_.result_text() if search_.is_done else "")
+        if not text:
+            return
+        self._search = None
+        found = json.loads(text)
+        if found["order"] is None:
+            self._settled = True
+            return
+        problem = self.timeline.problem
+        timeline = evaluate(problem, parse_order(problem, found["order"]))
+        greedy_makespan = self.timeline.makespan
+        self._settle(*_or_1f1b(timeline, "search"), measured=True)
+        if self._cache is not None and dist.get_rank() == 0:
+            plan = make_plan(self.timeline, greedy=greedy_makespan, seconds=found["seconds"])
+            self._cache.store(self._key, plan)
+
+    def _settle(self, timeline: Timeline, source: str, *, measured: bool) -> None:
+        self._adopt(timeline, source, measured=measured)
+        self._settled = True
+
+    def _adopt(self, timeline: Timeline, source: str, *, measured: bool) -> None:
+        self.timeline, self.source, self.is_measured = timeline, source, measured
+        self._programs = {}
+
+
+def check_plan(problem: Problem, devices: DeviceMap, micro_batches: Sequence[int]) -> None:
+    """Raises PlanMismatchError unless a plan of `problem` was made for this job's pipelines."""
+    if problem.devices != devices.devices:
+        raise PlanMismatchError(
+            f"the plan is for {problem.devices} devices, this job has {devices.devices} in each "
+            f"of its {len(devices.groups)} group(s)"
+        )
+    if len(problem.models) != len(devices.names):
+        raise PlanMismatchError(
+            f"the plan is for {len(problem.models)} model(s), this job trains "
+            f"{' and '.join(devices.names)}"
+        )
+    for m, (model, pipelines, count) in enumerate(
+        zip(problem.models, devices.pipelines, micro_batches, strict=True)
+    ):
+        name = devices.names[m]
+        if sorted(model.pipelines) != sorted(pipelines):
+            raise PlanMismatchError(
+                f"models[{m}].pipelines: the plan has {_lists(model.pipelines)}, {name} runs on "
+                f"{_lists(pipelines)}: plan for this layout"
+            )
+        if model.pipelines != pipelines:
+            raise PlanMismatchError(
+                f"models[{m}].pipelines: want them in the order {_lists(pipelines)}"
+            )
+        if model.micro_batches != count:
+            raise PlanMismatchError(
+                f"models[{m}].micro_batches: the plan has {model.micro_batches}, {name} runs "
+                f"{count} in a step"
+            )
+
+
+def _lists(pipelines: Sequence[Sequence[int]]) -> str:
+    return str([list(pipeline) for pipeline in pipelines])
+
+
+def _greedy(problem: Problem) -> tuple[Timeline, str]:
+    try:
+        return _or_1f1b(greedy(problem), "greedy")
+    except InfeasibleError:  # one model after the other takes the least
+        return evaluate(problem, one_f_one_b(problem)), "1f1b"
+
+
+def _or_1f1b(timeline: Timeline, source: str) -> tuple[Timeline, str]:
+    back_to_back = evaluate(timeline.problem, one_f_one_b(timeline.problem))
+    if timeline.makespan < back_to_back.makespan * (1 - WIN):
+        return timeline, source
+    return back_to_back, "1f1b"
+
+
+def _from_rank_0(make: Callable[[], str]) -> str:
+    """A text of rank 0, on every rank; an error of rank 0 is raised on all. COLLECTIVE."""
+    messages, fault = None, None
+    if dist.get_rank() == 0:
+        try:
+            messages = [b"ok", make().encode()]
+        except (OSError, ScheduleError, PlanMismatchError) as error:
+            fault = error
+            messages = [b"error", str(error).encode()]
+    status, content = broadcast_messages(messages, 0)
+    if status == b"error":
+        raise fault or PlanMismatchError(content.decode())
+    return content.decode()
+
+
+class _Search:
+    """A search in a thread of rank 0; on other ranks nothing."""
+
+    def __init__(self, start: Timeline, options: PlanOptions) -> None:
+        self._stopped = threading.Event()
+        self._found: dict[str, Any] = {"order": None, "seconds": 0.0}
+        self._thread: threading.Thread | None = None
+        if dist.get_rank() == 0:
+            self._thread = threading.Thread(
+                target=self._run, args=(start, options), name="plan search", daemon=True
+            )
+            self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def result_text(self) -> str:
+        return json.dumps(self._found)
+
+    def _run(self, start: Timeline, options: PlanOptions) -> None:
+        def stop_if_told(progress: Progress) -> None:
+            if self._stopped.is_set():
+                raise StopSearch
+
+        began = time.monotonic()
+        try:
+            result = search(
+                start.problem,
+                seconds=options.search_seconds,
+                threads=options.search_threads,
+                progress=stop_if_told,
+            )
+        except ScheduleError:  # no plan fits the memory: the one that runs stays
+            return
+        self._found = {
+            "order": order_to_tokens(result.timeline.order),
+            "seconds": time.monotonic() - began,
+        }
