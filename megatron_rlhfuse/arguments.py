@@ -105,9 +105,36 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--rlhfuse-fusion",
-        choices=["none"],
+        choices=["none", "intra", "both"],
         default="none",
-        help="stage fusion; 'none' runs the three stages one after the other",
+        help="stage fusion; 'none' runs everything one after the other, 'intra' trains actor and "
+        "critic at once in one fused pipeline, 'both' is every fusion that this version has: intra",
+    )
+    add(
+        "--rlhfuse-plan",
+        metavar="FILE",
+        help="fused schedule to train by, from `rlhfuse plan` (default: measure the stages and "
+        "plan while training goes on)",
+    )
+    add(
+        "--rlhfuse-plan-seconds",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="budget of that planning, on one rank beside the training; 0 keeps the first plan",
+    )
+    add(
+        "--rlhfuse-plan-cache",
+        metavar="DIR",
+        help="folder of plans of earlier runs, 'none' for none (default: "
+        "~/.cache/megatron_rlhfuse/plans)",
+    )
+    add(
+        "--rlhfuse-activation-memory-gib",
+        type=float,
+        metavar="GIB",
+        help="activations of both models that a rank may hold in a fused step; plans keep to it "
+        "(default: no limit)",
     )
     add(
         "--rlhfuse-trace",
@@ -141,7 +168,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1800.0,
         metavar="SECONDS",
-        help="longest wait for other ranks to finish generation or inference",
+        help="longest wait for other ranks: to finish generation or inference, and for a "
+        "micro-batch of a fused step",
     )
     add(
         "--save-hf",

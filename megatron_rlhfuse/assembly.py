@@ -15,6 +15,7 @@ from megatron_rlhfuse import terminal
 from megatron_rlhfuse.data import Prompt
 from megatron_rlhfuse.inference.instance import InferenceInstance, InferenceModels
 from megatron_rlhfuse.inference.reward_function import call_reward_function, load_reward_function
+from megatron_rlhfuse.layouts import training_layouts
 from megatron_rlhfuse.models.build import build_model
 from megatron_rlhfuse.models.hf_config import Head, ModelShape, apply_shape
 from megatron_rlhfuse.models.load import load_hf_weights, load_stream
@@ -50,19 +51,14 @@ def updates_per_iteration(args: argparse.Namespace) -> int:
 def build_trained_models(args: argparse.Namespace) -> TrainedModels:
     """Actor and critic, loaded from their folders. COLLECTIVE."""
     steps = updates_per_iteration(args)
+    actor_layout, critic_layout = training_layouts(args)
     actor = TrainedModel(
         "actor",
         args,
         args.actor_shape,
         args.actor_model,
         "language",
-        _groups(
-            args,
-            Layout.contiguous(
-                args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-            ),
-            "actor",
-        ),
+        _groups(args, actor_layout, "actor"),
         steps,
     )
     if not args.uses_critic:
@@ -77,7 +73,7 @@ def build_trained_models(args: argparse.Namespace) -> TrainedModels:
         args.critic_shape,
         args.critic_model,
         "scalar",
-        _groups(args, Layout.contiguous(args.world_size, tensor, pipeline), "critic"),
+        _groups(args, critic_layout, "critic"),
         steps,
     )
     return TrainedModels(actor, critic)

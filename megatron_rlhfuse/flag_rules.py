@@ -25,6 +25,7 @@ def check_flags(args: argparse.Namespace) -> None:
         _check_ranges,
         _check_sampling,
         _check_estimator,
+        _check_fusion,
         _check_kl,
         _check_optimizer,
         _check_output,
@@ -142,6 +143,21 @@ def _check_estimator(args: argparse.Namespace) -> None:
             f"--critic-warmup-iters {args.critic_warmup_iters} leaves none of the --train-iters "
             f"{args.train_iters} iterations to the actor: lower it"
         )
+
+
+def _check_fusion(args: argparse.Namespace) -> None:
+    if args.rlhfuse_fusion == "intra" and args.advantage_estimator != "gae":
+        raise FlagError(
+            f"--rlhfuse-fusion intra trains actor and critic at once, and --advantage-estimator "
+            f"{args.advantage_estimator} has no critic: use none"
+        )
+    if args.rlhfuse_fusion == "none":
+        for name in ("rlhfuse_plan", "rlhfuse_plan_cache", "rlhfuse_activation_memory_gib"):
+            if getattr(args, name) is not None:
+                raise FlagError(f"{flag(name)} needs --rlhfuse-fusion intra: there is no plan else")
+    _need(args, "rlhfuse_plan_seconds", lambda value: 0 <= value < math.inf,
+          "must be 0 (keep the first plan) or more seconds")  # fmt: skip
+    _need(args, "rlhfuse_activation_memory_gib", lambda value: value > 0, "must be above 0")
 
 
 def _check_kl(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def with_fusion(forward_backward_func: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(forward_backward_func)
     def one_model_or_two(*args: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("forward_step_func"), list | tuple):
-            from megatron_rlhfuse.pipeline.fused import fused_forward_backward
+            from megatron_rlhfuse.pipeline.forward_backward import fused_forward_backward
 
             return fused_forward_backward(*args, **kwargs)
         return forward_backward_func(*args, **kwargs)

@@ -65,6 +65,15 @@ def default_flags() -> dict[str, Any]:
     }
 
 
+def receives_ahead() -> int:
+    """Receives of a channel that a rank posts before it waits for the first of them.
+
+    A second NCCL receive queues behind the first one; with CUDA_DEVICE_MAX_CONNECTIONS=1 all that
+    is launched after it would wait too, until the first is done.
+    """
+    return 1 if has_cuda() else 2
+
+
 def engine_defaults() -> dict[str, Any]:
     """How a vLLM engine runs here: device, dtype, and whether it can give memory back."""
     if has_cuda():

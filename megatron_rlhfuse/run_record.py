@@ -20,6 +20,7 @@ from megatron_rlhfuse.observe.progress import Progress
 from megatron_rlhfuse.rlhf.kl import kl_estimate
 from megatron_rlhfuse.rlhf.statistics import explained_variance, policy_mismatch
 from megatron_rlhfuse.training.experience import Experience
+from megatron_rlhfuse.training.fused_training import FusionTimes, reduce_times
 from megatron_rlhfuse.training.ppo import Updates
 from megatron_rlhfuse.training.trained_model import StepResult
 
@@ -70,7 +71,7 @@ class RunRecord:
         self._consumed += len(scored)
         self._tokens = sum(len(item.sample.response) for item in scored)
         self._values = {
-            "fusion": self._args.rlhfuse_fusion,
+            "fusion": "intra" if self._args.fuses_training else "none",
             "consumed_samples": self._consumed,
             "optimizer_steps": optimizer_steps,
             "weight_version": min(item.sample.weight_version for item in scored),
@@ -81,6 +82,10 @@ class RunRecord:
             **_policy_values(updates.actor),
             **_critic_values(updates.critic),
         }
+
+    def describe_fusion(self, times: FusionTimes | None) -> None:
+        """Takes down how the iteration's fused steps went. COLLECTIVE."""
+        self._values |= reduce_times(times)
 
     def write(
         self,

@@ -26,11 +26,14 @@ from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.models.save import save_hf
 from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
+from megatron_rlhfuse.pipeline.errors import PlanMismatchError
 from megatron_rlhfuse.rlhf.kl import make_kl_controller
 from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.run_record import RunRecord
+from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from megatron_rlhfuse.training.experience import Experience, build_experience
+from megatron_rlhfuse.training.fused_training import FusedTraining
 from megatron_rlhfuse.training.ppo import PPO, advantage_options
 
 
@@ -59,6 +62,8 @@ class Trainer:
         traceback: TracebackType | None,
     ) -> None:
         self.generation.close()
+        if self.fused is not None:
+            self.fused.close()
         if kind is None:
             self._finish()
         self.run.close()
@@ -74,7 +79,8 @@ class Trainer:
         self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout)
         self.models = build_trained_models(args)
         self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
-        self.ppo = PPO(args, self.models, self.tracer)
+        self.fused = self._fuse_training()
+        self.ppo = PPO(args, self.models, self.tracer, self.fused)
         self.kl_controller = make_kl_controller(
             "adaptive" if args.ppo_kl_target else "fixed",
             args.ppo_kl_coef,
@@ -120,6 +126,14 @@ class Trainer:
             args.seed,
         )
 
+    def _fuse_training(self) -> FusedTraining | None:
+        if not self.args.fuses_training:
+            return None
+        try:
+            return FusedTraining.build(self.args, self.models, self.tracer)
+        except (ScheduleError, PlanMismatchError, OSError) as fault:
+            refuse(f"--rlhfuse-plan {self.args.rlhfuse_plan}: {fault}")
+
     def iterations(self) -> Iterator[int]:
         """Numbers of the iterations to run, from 1; after a resume the first one not yet done."""
         for iteration in range(self.start_iteration + 1, self.args.train_iters + 1):
@@ -159,6 +173,8 @@ class Trainer:
             )
             updates = self.ppo.update(iteration, experience, coefficient)
             self.run.describe(scored, experience, updates, coefficient, self.ppo.optimizer_steps)
+            if self.fused is not None:
+                self.run.describe_fusion(self.fused.take_times())
             self._adapt_kl(experience)
 
     def publish_weights(self, iteration: int) -> None:

@@ -15,7 +15,9 @@ from megatron_rlhfuse import platform
 from megatron_rlhfuse.flag_error import FlagError, flag
 from megatron_rlhfuse.flag_rules import check_schedules
 from megatron_rlhfuse.inference.reward_function import RewardFunctionError, load_reward_function
+from megatron_rlhfuse.layouts import training_layouts
 from megatron_rlhfuse.models.hf_config import Head, ModelShape, apply_shape, read_shape
+from megatron_rlhfuse.pipeline.devices import LayoutError
 
 # A fault is reported of the first model that has it: those before others that default to them.
 _MODELS = ("actor", "reward", "reference", "critic")
@@ -24,16 +26,18 @@ _MODELS = ("actor", "reward", "reference", "critic")
 def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with defaults that depend on others, and the actor's architecture.
 
-    Adds `uses_critic`, `uses_reference`, and `actor_shape`, `critic_shape`, `reward_shape`,
-    `reference_shape` (None where there is no such model). Raises `FlagError`.
+    Adds `uses_critic`, `uses_reference`, `fuses_training`, and `actor_shape`, `critic_shape`,
+    `reward_shape`, `reference_shape` (None where there is no such model). Raises `FlagError`.
     """
     args.uses_critic = args.advantage_estimator == "gae"
+    args.fuses_training = args.uses_critic and args.rlhfuse_fusion in ("intra", "both")
     args.uses_reference = args.ppo_kl_coef != 0
     args.reference_model = args.reference_model or args.actor_model
     args.critic_model = args.critic_model or args.reward_model or args.actor_model
     _inherit(args)
     check_schedules(args)
     _check_layouts(args)
+    _check_fused_layout(args)
     _check_batches(args)
     _check_folders(args)
     _read_shapes(args)
@@ -115,6 +119,19 @@ def _check_layouts(args: argparse.Namespace) -> None:
             f"--rollout-tensor-parallel-size {args.rollout_tensor_parallel_size} needs more than "
             f"the {block} GPU(s) of an instance: lower it or --rollout-instances"
         )
+
+
+def _check_fused_layout(args: argparse.Namespace) -> None:
+    if not args.fuses_training:
+        return
+    try:
+        training_layouts(args)
+    except LayoutError as fault:
+        raise FlagError(
+            f"--critic-tensor-model-parallel-size {args.critic_tensor_model_parallel_size} and "
+            f"--critic-pipeline-model-parallel-size {args.critic_pipeline_model_parallel_size} do "
+            f"not fit the actor's sizes for a fused pipeline: {fault}"
+        ) from fault
 
 
 def _check_batches(args: argparse.Namespace) -> None:

@@ -71,6 +71,14 @@ METRICS: dict[str, Metric] = {
     "weight_sync_s": Metric("time", "s", "sending the actor's weights to the engines"),
     "checkpoint_s": Metric("time", "s", "saving checkpoints"),
     "iteration_s": Metric("time", "s", "the whole iteration"),
+    "fusion_plan": Metric(
+        "fusion", "", "where the fused steps' plan came from: 1f1b, greedy, search, cache, file"
+    ),
+    "fused_steps": Metric("fusion", "steps", "steps in which actor and critic trained at once"),
+    "makespan_s": Metric("fusion", "s", "measured makespan of a fused step, mean"),
+    "planned_makespan_s": Metric("fusion", "s", "makespan of its plan, from measured stage times"),
+    "makespan_over_planned": Metric("fusion", "", "measured over planned makespan"),
+    "bubble_fraction": Metric("fusion", "", "share of a fused step in which ranks stand idle"),
     "samples_per_s": Metric("time", "samples/s", "samples per second of the whole iteration"),
     "tokens_per_s": Metric("time", "tokens/s", "response tokens per second of the whole iteration"),
     "logprob_difference_mean": Metric(
@@ -91,7 +99,7 @@ METRICS: dict[str, Metric] = {
     "optimizer_steps": Metric("optimizer", "steps", "actor steps taken since the run began"),
 }
 
-TEXT = frozenset({"fusion"})
+TEXT = frozenset({"fusion", "fusion_plan"})
 """The fields that hold words; all others hold numbers."""
 
 STAGE_SECONDS = {

@@ -141,8 +141,8 @@ class AutoPlan:
         Raises PlanMismatchError or ScheduleError, on every rank, for a plan that cannot be run.
         """
         if not self._begun:
-            self._begun = True
             self._begin()
+            self._begun = True
         elif self._search is not None:
             self._take_up_search()
 
@@ -176,13 +176,10 @@ class AutoPlan:
     _settled = False
 
     def _begin(self) -> None:
-        plan = None
         if self._options.plan is not None:
-            text = _from_rank_0(lambda: json.dumps(plan_to_json(load_plan(self._options.plan))))  # type: ignore[arg-type]
-            plan = parse_plan(json.loads(text))
-            check_plan(plan.timeline.problem, self._devices, self._micro_batches)
             # Run from the first step, and timed in it: a file's times may be in any unit.
-            self._adopt(plan.timeline, "file", measured=False)
+            timeline = read_plan(self._options.plan, self._devices, self._micro_batches)
+            self._adopt(timeline, "file", measured=False)
             return
         text = _from_rank_0(self._cached)
         if text:
@@ -198,7 +195,8 @@ class AutoPlan:
             return ""
         try:
             check_plan(plan.timeline.problem, self._devices, self._micro_batches)
-        except PlanMismatchError:
+            lower(plan.timeline.problem, plan.timeline.order)
+        except (PlanMismatchError, ScheduleError):
             return ""
         return json.dumps(plan_to_json(plan))
 
@@ -233,6 +231,18 @@ class AutoPlan:
     def _adopt(self, timeline: Timeline, source: str, *, measured: bool) -> None:
         self.timeline, self.source, self.is_measured = timeline, source, measured
         self._programs = {}
+
+
+def read_plan(path: Path | str, devices: DeviceMap, micro_batches: Sequence[int]) -> Timeline:
+    """The plan of a file that rank 0 reads, proved to run on these pipelines. COLLECTIVE.
+
+    Raises PlanMismatchError, ScheduleError or OSError, on every rank.
+    """
+    text = _from_rank_0(lambda: json.dumps(plan_to_json(load_plan(path))))
+    timeline = parse_plan(json.loads(text)).timeline
+    check_plan(timeline.problem, devices, micro_batches)
+    prove(lower(timeline.problem, timeline.order))
+    return timeline
 
 
 def check_plan(problem: Problem, devices: DeviceMap, micro_batches: Sequence[int]) -> None:
@@ -291,9 +301,9 @@ def _from_rank_0(make: Callable[[], str]) -> str:
     if dist.get_rank() == 0:
         try:
             messages = [b"ok", make().encode()]
-        except (OSError, ScheduleError, PlanMismatchError) as error:
+        except Exception as error:  # whatever it is, the others wait
             fault = error
-            messages = [b"error", str(error).encode()]
+            messages = [b"error", str(error).encode(errors="replace")]
     status, content = broadcast_messages(messages, 0)
     if status == b"error":
         raise fault or PlanMismatchError(content.decode())

@@ -78,6 +78,12 @@ def map_devices(names: Sequence[str], layouts: Sequence[Layout]) -> DeviceMap:
     ranks: dict[int, list[int]] = {}
     for rank in layouts[0].members:
         ranks.setdefault(device_of[rank], []).append(rank)
+    sizes = sorted({len(members) for members in ranks.values()})
+    if len(sizes) > 1:
+        raise LayoutError(
+            f"tensor parallelism of {_join(names)} ties some ranks together in sets of {sizes[0]}, "
+            f"others in sets of {sizes[-1]}: the tensor-parallel groups of both models must nest"
+        )
     groups = tuple(tuple(tuple(ranks[d]) for d in devices) for devices in order.values())
     return DeviceMap(tuple(names), tuple(layouts), groups, shapes[0])
 

@@ -1,31 +1,25 @@
-"""Two models on the same ranks, trained by one fused pipeline.
-
-`fused_forward_backward` takes the place of two calls of Megatron's `forward_backward_func`:
-the same arguments, in lists of two, the same losses and gradients. `FusedPipeline` is what stands
-behind it, for those who want to keep it themselves and read its reports.
-"""
+"""Models on the same ranks, trained by one fused pipeline: stages, channels and plan together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_rlhfuse import platform
-from megatron_rlhfuse.pipeline.autoplan import AutoPlan, PlanOptions
+from megatron_rlhfuse.pipeline.autoplan import AutoPlan, PlanOptions, read_plan
 from megatron_rlhfuse.pipeline.clock import Span, make_clock
-from megatron_rlhfuse.pipeline.devices import LayoutError, map_devices
+from megatron_rlhfuse.pipeline.devices import map_devices
 from megatron_rlhfuse.pipeline.executor import execute
-from megatron_rlhfuse.pipeline.groups import Layout
 from megatron_rlhfuse.pipeline.links import Transfers, build_links, measure_transfer
 from megatron_rlhfuse.pipeline.memory import ActivationMeter
 from megatron_rlhfuse.pipeline.profile import step_costs
+from megatron_rlhfuse.pipeline.rank_layouts import gather_layouts
 from megatron_rlhfuse.pipeline.stage import Stage, StepInput
 from megatron_rlhfuse.schedule.evaluate import Timeline
 
@@ -155,6 +149,14 @@ class FusedPipeline:
             plan.after_step(costs)
         return [stage.collected for stage in self.stages]
 
+    def check_plan_file(self, micro_batches: Sequence[int]) -> None:
+        """Reads the file of `options.plan`, if there is one, before the first step. COLLECTIVE.
+
+        Raises PlanMismatchError, ScheduleError or OSError, on every rank.
+        """
+        if self.options.plan is not None:
+            read_plan(self.options.plan, self.devices, micro_batches)
+
     def close(self) -> None:
         """Ends a search for a plan that is still going on."""
         for plan in self._plans.values():
@@ -205,64 +207,6 @@ class FusedPipeline:
         return {"models": models, "device": platform.device_name()}
 
 
-def gather_layouts(
-    names: Sequence[str], process_groups: Sequence[ProcessGroupCollection | None]
-) -> list[Layout]:
-    """The layout of every model, from where each rank says it stands. COLLECTIVE over the job.
-
-    process_groups: of this rank; None where it has no part of a model
-    Raises LayoutError, on every rank, where a model does not have a part on every rank.
-    """
-    row = []
-    for groups in process_groups:
-        if groups is None or getattr(groups, "pp", None) is None:
-            row += [-1] * 4
-            continue
-        pipeline = dist.get_process_group_ranks(groups.pp)
-        row += [groups.dp.rank(), groups.pp.rank(), groups.tp.rank(), pipeline[0]]
-    sent = torch.tensor(row, dtype=torch.int64, device=platform.device())
-    rows = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, sent)
-    table = torch.stack(rows).cpu().tolist()
-    return [
-        _layout(name, [row[4 * m : 4 * m + 4] for row in table]) for m, name in enumerate(names)
-    ]
-
-
-def _layout(name: str, places: Sequence[Sequence[int]]) -> Layout:
-    """places: (replica, stage, tensor part, first rank of the pipeline) of every rank."""
-    outside = [rank for rank, place in enumerate(places) if place[0] < 0]
-    if outside:
-        raise LayoutError(
-            f"{name} has no part on rank {', '.join(map(str, outside[:8]))}: the models of a fused "
-            "pipeline stand on the same ranks, all ranks of the job"
-        )
-    rank_at = {tuple(place[:3]): rank for rank, place in enumerate(places)}
-    sizes = [1 + max(place[axis] for place in places) for axis in range(3)]
-    if len(rank_at) < len(places) or math.prod(sizes) != len(places):
-        raise LayoutError(
-            f"{name}: {len(places)} ranks do not fill {sizes[0]} replicas x {sizes[1]} stages x "
-            f"{sizes[2]} tensor parts; build its process groups over all ranks of the job"
-        )
-    layout = Layout(
-        tuple(
-            tuple(
-                tuple(rank_at[data, stage, part] for part in range(sizes[2]))
-                for stage in range(sizes[1])
-            )
-            for data in range(sizes[0])
-        )
-    )
-    for rank, (data, _, part, first) in enumerate(places):
-        if layout.ranks[data][0][part] != first:
-            raise LayoutError(
-                f"{name}: the pipeline of rank {rank} begins at rank {first}, its data-parallel "
-                f"number {data} says {layout.ranks[data][0][part]}: number replicas alike on all "
-                "stages"
-            )
-    return layout
-
-
 # Of Megatron's TransformerConfig: what decides how long a stage takes.
 _SHAPE_FIELDS = (
     "num_layers",
@@ -277,100 +221,3 @@ _SHAPE_FIELDS = (
 def _mean_tokens(step: StepInput) -> float:
     tokens = [n * b for n, b in zip(step.sequence_lengths, step.batch_sizes, strict=True)]
     return max(1.0, sum(tokens) / len(tokens))
-
-
-def fused_forward_backward(
-    *,
-    forward_step_func: Sequence[Callable[..., Any]],
-    data_iterator: Sequence[Iterator[Any] | None],
-    model: Sequence[torch.nn.Module | Sequence[torch.nn.Module]],
-    num_microbatches: Sequence[int],
-    seq_length: Sequence[int | Sequence[int]],
-    micro_batch_size: Sequence[int | Sequence[int]],
-    decoder_seq_length: None = None,
-    forward_only: bool = False,
-    collect_non_loss_data: bool = False,
-    first_val_step: bool | None = None,
-    adjust_tensor_shapes_fn: None = None,
-    p2p_communicator: Any = None,
-    pg_collection: Sequence[ProcessGroupCollection] | None = None,
-    force_all_reduce: bool = False,
-    options: FusionOptions | None = None,
-) -> list[list[Any]]:
-    """Forward and backward of two models in one fused pipeline; COLLECTIVE over the job's ranks.
-
-    The keywords are those of Megatron-Core's `forward_backward_func`, with a list of two where a
-    model has its own: same meaning, same losses, same gradients as two calls of the stock function
-    one after the other. `seq_length` and `micro_batch_size` may be lists themselves, one number per
-    micro-batch: stages exchange no shapes, also where `variable_seq_lengths` is set.
-
-    Args:
-        pg_collection: of every model; by default those that the models were built with
-        p2p_communicator: ignored; the transfers are those of the plan
-        options: of the pipeline; those of the first call with these models count
-
-    Returns the losses of both models, as the stock function returns those of one.
-    Raises ValueError for arguments that do not fit, LayoutError, PlanMismatchError, PipelineError.
-    """
-    if decoder_seq_length is not None or adjust_tensor_shapes_fn is not None:
-        raise ValueError("decoder_seq_length and adjust_tensor_shapes_fn: leave them out")
-    models = [_single(each) for each in model]
-    count = len(models)
-    arguments = {
-        "forward_step_func": forward_step_func,
-        "data_iterator": data_iterator,
-        "num_microbatches": num_microbatches,
-        "seq_length": seq_length,
-        "micro_batch_size": micro_batch_size,
-    }
-    for name, value in arguments.items():
-        if not isinstance(value, list | tuple) or len(value) != count:
-            raise ValueError(f"{name}: want a list of {count}, one entry per model")
-    if pg_collection is None:
-        pg_collection = [get_attr_wrapped_model(each, "pg_collection") for each in models]
-    pipeline = _pipeline_of(models, pg_collection, options)
-    steps = [
-        StepInput(
-            forward_step_func[m],
-            _single(data_iterator[m]),
-            _per_micro_batch("seq_length", seq_length[m], num_microbatches[m]),
-            _per_micro_batch("micro_batch_size", micro_batch_size[m], num_microbatches[m]),
-            collect_non_loss_data,
-            first_val_step,
-            force_all_reduce,
-        )
-        for m in range(count)
-    ]
-    return pipeline.run(steps, forward_only)
-
-
-def _single(value: Any) -> Any:
-    """Megatron hands models and iterators over in lists of one."""
-    if not isinstance(value, list | tuple):
-        return value
-    if len(value) != 1:
-        raise ValueError("a model of several chunks (interleaved stages) cannot be fused")
-    return value[0]
-
-
-def _per_micro_batch(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * count
-    if len(value) != count:
-        raise ValueError(f"{name}: {len(value)} numbers for {count} micro-batches")
-    return tuple(value)
-
-
-def _pipeline_of(
-    models: Sequence[torch.nn.Module],
-    process_groups: Sequence[ProcessGroupCollection],
-    options: FusionOptions | None,
-) -> FusedPipeline:
-    """The pipeline of these models, made in the first call with them."""
-    # Kept by the first model itself, so that both go together.
-    known = models[0].__dict__.setdefault("_fused_pipelines", {})
-    key = tuple(id(each) for each in models[1:])
-    if key not in known:
-        names = [f"model {m}" for m in range(len(models))]
-        known[key] = FusedPipeline(names, models, process_groups, options)
-    return known[key]

@@ -54,7 +54,7 @@ class Links:
 def build_links(
     layout: Layout, pipeline_group: dist.ProcessGroup, name: str, timeout: timedelta | None
 ) -> Links:
-    """The links of one model on this rank. COLLECTIVE over all ranks of the job.
+    """The links of one model on this rank, connected. COLLECTIVE over all ranks of the job.
 
     pipeline_group: Megatron's, of this rank; it becomes the channel of activations
     """
@@ -79,17 +79,19 @@ def build_links(
                     pipeline[stage + 1] if stage + 1 < len(pipeline) else None,
                 )
     assert found is not None, f"rank {rank} has no part of {name}"
+    # NCCL makes a pair's connection in its first message, and even a receive that is only posted
+    # then holds the host up until the peer comes: in the middle of a schedule, a deadlock.
+    measure_transfer(found, 1, torch.float32)
     return found
 
 
 def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
-    """Seconds that a message takes to a neighbour, the slower one of this rank's; 0 without any.
+    """Seconds that a message takes to the next stage's rank; 0 on the last stage.
 
-    COLLECTIVE over the pipeline. Goes over every edge of it, both ways, and so also makes the
-    connections that the first step would otherwise have to make in the middle of its schedule.
+    COLLECTIVE over the pipeline. Goes over every edge of it, both ways.
     """
     message = torch.zeros(elements, dtype=dtype, device=platform.device())
-    slowest = 0.0
+    seconds = 0.0
     # Edges in ascending order on every rank: the pipeline is gone through from its first stage.
     for peer, leads in ((links.previous, False), (links.next, True)):
         if peer is None:
@@ -106,8 +108,8 @@ def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
             platform.synchronize()
             trips.append((time.perf_counter() - began) / 2)
         if leads:  # the other end's clock also waits for this one to begin
-            slowest = max(slowest, statistics.median(trips))
-    return slowest
+            seconds = statistics.median(trips)
+    return seconds
 
 
 @dataclass

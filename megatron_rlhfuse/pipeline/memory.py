@@ -38,11 +38,14 @@ class ActivationMeter:
     ) -> None:
         self._hooks.__exit__(kind, error, traceback)
 
-    def _pack(self, tensor: Tensor) -> _Saved:
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        if tensor.is_leaf and tensor.untyped_storage().data_ptr() in self._parameters:
+            # As itself: Megatron's linear layers keep `main_grad` and more on the parameter.
+            return tensor
         return _Saved(self, tensor)
 
-    def _unpack(self, saved: _Saved) -> Tensor:
-        return saved.tensor
+    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
+        return saved.tensor if isinstance(saved, _Saved) else saved
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage.data_ptr()

@@ -59,6 +59,8 @@ class Stage:
         self.number = pipeline.rank()
         self.is_first = self.number == 0
         self.is_last = self.number == pipeline.size() - 1
+        self.activation = 0
+        """Most bytes that a micro-batch held from its forward on, in the last metered step."""
 
     def message_shapes(self, step: StepInput) -> list[torch.Size]:
         """Shape of what is sent to the next stage for every micro-batch."""
@@ -77,8 +79,8 @@ class Stage:
             _check_dropout(self.name, config)
         self._step, self._forward_only = step, forward_only
         self._meter: Any = meter or contextlib.nullcontext()
-        self.activation = 0
-        """Most bytes that a micro-batch held from its forward on, if metered."""
+        if meter is not None:
+            self.activation = 0
         self._shapes = self.message_shapes(step)
         self._inputs: dict[int, Tensor | None] = {}
         self._outputs: dict[int, Tensor] = {}

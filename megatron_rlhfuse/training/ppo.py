@@ -14,6 +14,7 @@ import torch
 from megatron_rlhfuse.observe.trace import Tracer
 from megatron_rlhfuse.rlhf.losses import PolicyLossOptions, aggregation_weights
 from megatron_rlhfuse.training.experience import AdvantageOptions, Experience, mini_batches
+from megatron_rlhfuse.training.fused_training import FusedTraining, ModelStep
 from megatron_rlhfuse.training.heads import PolicyHead
 from megatron_rlhfuse.training.steps import (
     LossScale,
@@ -35,12 +36,22 @@ class Updates:
 
 
 class PPO:
-    """Trains actor and critic on a rollout batch."""
+    """Trains actor and critic on a rollout batch.
 
-    def __init__(self, args: argparse.Namespace, models: TrainedModels, tracer: Tracer) -> None:
+    `fused` trains the two at once, where both take a step; None trains one after the other.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        models: TrainedModels,
+        tracer: Tracer,
+        fused: FusedTraining | None = None,
+    ) -> None:
         self._args = args
         self._models = models
         self._tracer = tracer
+        self._fused = fused
         self._options = policy_loss_options(args)
         self._value_clip = args.ppo_value_clip or None
         self._head = PolicyHead(
@@ -66,34 +77,51 @@ class PPO:
             mini_batch = experience.select(rows)
             weights = aggregation_weights(mini_batch.mask, args.ppo_loss_aggregation)
             mini_batch = replace(mini_batch, weights=weights)
-            if train_actor and not updates.stopped_early:
-                result = self._step_actor(mini_batch, options)
-                updates.actor.append(result)
-                limit = args.ppo_early_stop_kl
-                updates.stopped_early = limit is not None and result.metrics["approx_kl"] > limit
-            else:
+            if not train_actor or updates.stopped_early:
                 self._models.actor.skip_step()
-            if self._models.critic is not None:
-                updates.critic.append(self._step_critic(self._models.critic, mini_batch))
+                if self._models.critic is not None:
+                    updates.critic.append(self._step_critic(self._models.critic, mini_batch))
+                continue
+            actor, critic = self._step_both(mini_batch, options)
+            updates.actor.append(actor)
+            updates.critic += critic
+            limit = args.ppo_early_stop_kl
+            updates.stopped_early = limit is not None and actor.metrics["approx_kl"] > limit
         self.optimizer_steps += len(updates.actor)
         return updates
 
-    def _step_actor(self, mini_batch: Experience, options: PolicyLossOptions) -> StepResult:
+    def _step_both(
+        self, mini_batch: Experience, options: PolicyLossOptions
+    ) -> tuple[StepResult, list[StepResult]]:
+        """The actor's step and, if there is one, the critic's."""
+        critic = self._models.critic
+        step = self._actor_step(mini_batch, options)
+        if self._fused is not None and critic is not None:
+            actor, other = self._fused.step(step, self._critic_step(critic, mini_batch))
+            return actor, [other]
+        with self._tracer.span("actor step", "actor_training"):
+            result = self._models.actor.step(step.forward_step, step.micro_batches, step.metrics)
+        return result, [] if critic is None else [self._step_critic(critic, mini_batch)]
+
+    def _step_critic(self, critic: TrainedModel, mini_batch: Experience) -> StepResult:
+        step = self._critic_step(critic, mini_batch)
+        with self._tracer.span("critic step", "critic_training"):
+            return critic.step(step.forward_step, step.micro_batches, step.metrics)
+
+    def _actor_step(self, mini_batch: Experience, options: PolicyLossOptions) -> ModelStep:
         actor = self._models.actor
         micro_batches = _micro_batches(actor, mini_batch)
         scale = LossScale(len(micro_batches), actor.replicas)
-        with self._tracer.span("actor step", "actor_training"):
-            return actor.step(
-                policy_step(self._head, options, scale), micro_batches, policy_metrics(options)
-            )
+        return ModelStep(
+            policy_step(self._head, options, scale), micro_batches, policy_metrics(options)
+        )
 
-    def _step_critic(self, critic: TrainedModel, mini_batch: Experience) -> StepResult:
+    def _critic_step(self, critic: TrainedModel, mini_batch: Experience) -> ModelStep:
         micro_batches = _micro_batches(critic, mini_batch)
         scale = LossScale(len(micro_batches), critic.replicas)
-        with self._tracer.span("critic step", "critic_training"):
-            return critic.step(
-                value_step(self._value_clip, scale), micro_batches, value_metrics(self._value_clip)
-            )
+        return ModelStep(
+            value_step(self._value_clip, scale), micro_batches, value_metrics(self._value_clip)
+        )
 
 
 def policy_loss_options(args: argparse.Namespace) -> PolicyLossOptions:

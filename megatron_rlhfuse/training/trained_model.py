@@ -104,9 +104,22 @@ class TrainedModel(PipelinedModel):
         COLLECTIVE over all ranks. `metrics` names what the loss function reports, since ranks
         before the last stage never see it.
         """
+        self.zero_grad()
+        reported = self.run(forward_step, micro_batches, forward_only=False)
+        return self.finish_step(reported, metrics)
+
+    def zero_grad(self) -> None:
+        """Before the forwards and backwards of a step."""
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reported = self.run(forward_step, micro_batches, forward_only=False)
+
+    def finish_step(
+        self, reported: Sequence[dict[str, Tensor]], metrics: Sequence[str]
+    ) -> StepResult:
+        """The optimizer's part of a step, once gradients are final. COLLECTIVE over all ranks.
+
+        reported: by the loss function, per micro-batch; empty before the last stage
+        """
         applied, grad_norm, _ = self.optimizer.step()
         self.has_stepped = True
         model_parallel = self.groups.pgc.mp

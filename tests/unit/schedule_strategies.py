@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import strategies as st
 
+from megatron_rlhfuse.schedule.evaluate import predecessor
 from megatron_rlhfuse.schedule.order import Order, Subtask
 from megatron_rlhfuse.schedule.problem import Model, Problem
 
@@ -145,6 +148,37 @@ def executable_orders(draw: st.DrawFn, problem: Problem) -> Order:
             chain.insert(draw(st.integers(after, len(chain))), subtask._replace(kind="W"))
         if not chain:
             chains = [each for each in chains if each]
+    return order
+
+
+@st.composite
+def orders_in_sequence(draw: st.DrawFn, problem: Problem) -> Order:
+    """An executable order in which every stage takes its micro-batches in sequence, F as well as B.
+
+    For problems without W. A stage may go on for a while before another one has its turn: all
+    forwards at once are as likely as a fine mixture. One seed stands for the hundreds of choices.
+    """
+    rng = Random(draw(st.integers(0, 2**32 - 1)))
+    stay = draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    streams = [
+        [Subtask(m, k, kind, micro_batch, stage) for micro_batch in range(model.micro_batches)]
+        for m, model in enumerate(problem.models)
+        for k in range(len(model.pipelines))
+        for stage in range(model.stages)
+        for kind in "FB"
+    ]
+    order: Order = [[] for _ in range(problem.devices)]
+    done: set[Subtask | None] = {None}
+    stream = streams[0]
+    while streams:
+        ready = [each for each in streams if predecessor(problem, each[0]) in done]
+        if not any(each is stream for each in ready) or rng.random() >= stay:
+            stream = rng.choice(ready)
+        subtask = stream.pop(0)
+        pipeline = problem.models[subtask.model].pipelines[subtask.pipeline]
+        order[pipeline[subtask.stage]].append(subtask)
+        done.add(subtask)
+        streams = [each for each in streams if each]
     return order
 
 

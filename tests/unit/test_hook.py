@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def fused(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """Stands for the module of the fused pipeline; returns its name and what it was given."""
-    stub = types.ModuleType("megatron_rlhfuse.pipeline.fused")
+    stub = types.ModuleType("megatron_rlhfuse.pipeline.forward_backward")
     stub.fused_forward_backward = lambda **given: ("fused", given)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, stub.__name__, stub)
     return stub

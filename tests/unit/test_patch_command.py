@@ -345,7 +345,7 @@ def schedule():
     setattr(schedules, STOCK, lambda **given: ("stock", given))
     return schedules.get_forward_backward_func(pp_size=2, vp_size=None)
 
-fused = types.ModuleType("megatron_rlhfuse.pipeline.fused")
+fused = types.ModuleType("megatron_rlhfuse.pipeline.forward_backward")
 fused.fused_forward_backward = lambda **given: ("fused", given)
 sys.modules[fused.__name__] = fused
 print(schedules.__file__)

@@ -1,0 +1,212 @@
+"""Intra-stage fusion in the trainer: actor and critic take their step in one fused pipeline.
+
+The two steps are those of `TrainedModel.step`, with one pipeline in the place of two: gradients,
+and so weights, are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlhfuse import platform
+from megatron_rlhfuse.observe.trace import Tracer
+from megatron_rlhfuse.pipeline.fused import FusedPipeline, FusionOptions, StepReport
+from megatron_rlhfuse.pipeline.model import ForwardStep
+from megatron_rlhfuse.pipeline.plan_cache import default_folder
+from megatron_rlhfuse.pipeline.stage import StepInput
+from megatron_rlhfuse.training.experience import Experience
+from megatron_rlhfuse.training.trained_model import StepResult, TrainedModel, TrainedModels
+
+MEASURED_TRACK = "pipeline"
+PLANNED_TRACK = "pipeline, planned"
+_CATEGORIES = ("actor_training", "critic_training")
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """What one model does in a fused step.
+
+    metrics: names of what its loss function reports
+    """
+
+    forward_step: ForwardStep
+    micro_batches: Sequence[Experience]
+    metrics: Sequence[str]
+
+
+@dataclass(frozen=True)
+class FusionTimes:
+    """The fused steps of an iteration on this rank: seconds, summed up.
+
+    planned: makespans of the plans that ran, NaN before stage times were measured
+    measured: from the steps' starts to the last forward or backward of this rank
+    busy: in forwards and backwards
+    """
+
+    steps: int
+    plan: str
+    planned: float
+    measured: float
+    busy: float
+
+
+@dataclass
+class FusedTraining:
+    """Actor and critic of this rank in one pipeline."""
+
+    models: TrainedModels
+    pipeline: FusedPipeline
+    tracer: Tracer
+    _reports: list[StepReport] = field(default_factory=list)
+
+    @classmethod
+    def build(
+        cls, args: argparse.Namespace, models: TrainedModels, tracer: Tracer
+    ) -> FusedTraining:
+        """COLLECTIVE. Raises ScheduleError, PlanMismatchError or OSError for --rlhfuse-plan."""
+        actor, critic = models.actor, models.critic
+        assert critic is not None, "without a critic there is nothing to fuse with"
+        options = FusionOptions(
+            plan=args.rlhfuse_plan,
+            search_seconds=args.rlhfuse_plan_seconds,
+            cache=_cache_folder(args.rlhfuse_plan_cache),
+            memory_limit=_bytes(args.rlhfuse_activation_memory_gib),
+            receives_ahead=platform.receives_ahead(),
+            timeout_s=args.rlhfuse_stage_timeout,
+            record=args.rlhfuse_trace,
+        )
+        pipeline = FusedPipeline(
+            ("actor", "critic"),
+            (actor.model, critic.model),
+            (actor.groups.pgc, critic.groups.pgc),
+            options,
+        )
+        counts = [
+            args.global_batch_size // (model.args.micro_batch_size * model.replicas)
+            for model in (actor, critic)
+        ]
+        pipeline.check_plan_file(counts)
+        return cls(models, pipeline, tracer)
+
+    def step(self, actor: ModelStep, critic: ModelStep) -> tuple[StepResult, StepResult]:
+        """One optimizer step of both models. COLLECTIVE over all ranks."""
+        assert self.models.critic is not None
+        models = (self.models.actor, self.models.critic)
+        for model in models:
+            model.zero_grad()
+        with self.tracer.span("fused step", "training"):
+            reported = self.pipeline.run([_input(step) for step in (actor, critic)])
+        report = self.pipeline.last_step
+        if report is not None and report.spans:
+            self._reports.append(report)
+            self._trace(report)
+        return tuple(  # type: ignore[return-value]
+            self._finish(model, found, step.metrics)
+            for model, found, step in zip(models, reported, (actor, critic), strict=True)
+        )
+
+    def take_times(self) -> FusionTimes | None:
+        """The recorded steps since the last call; None without any."""
+        reports, self._reports = self._reports, []
+        if not reports:
+            return None
+        return FusionTimes(
+            steps=len(reports),
+            plan=reports[-1].source,
+            planned=math.fsum(
+                report.timeline.makespan if report.is_measured else math.nan for report in reports
+            ),
+            measured=math.fsum(report.makespan for report in reports),
+            busy=math.fsum(report.busy for report in reports),
+        )
+
+    def close(self) -> None:
+        """Ends a search for a plan that is still going on."""
+        self.pipeline.close()
+
+    def _finish(
+        self, model: TrainedModel, reported: Sequence[dict[str, torch.Tensor]], names: Sequence[str]
+    ) -> StepResult:
+        with self.tracer.span(f"{model.name} optimizer", f"{model.name}_training"):
+            return model.finish_step(reported, names)
+
+    def _trace(self, report: StepReport) -> None:
+        """What ran when, and beside it when the plan has it."""
+        for span in report.spans:
+            instruction = span.instruction
+            self.tracer.add(
+                instruction.token,
+                report.began + span.start,
+                report.began + span.end,
+                MEASURED_TRACK,
+                _CATEGORIES[instruction.model],
+                stage=instruction.stage,
+                micro_batch=instruction.micro_batch,
+            )
+        if not report.is_measured:
+            return
+        timeline, device = report.timeline, report.device
+        for position, subtask in enumerate(timeline.order[device]):
+            self.tracer.add(
+                subtask.token,
+                report.began + timeline.start[device][position],
+                report.began + timeline.end(device, position),
+                PLANNED_TRACK,
+                _CATEGORIES[subtask.model],
+                stage=subtask.stage,
+                micro_batch=subtask.micro_batch,
+            )
+
+
+def reduce_times(times: FusionTimes | None) -> dict[str, float | str]:
+    """Metrics of an iteration's fused steps, over all ranks. COLLECTIVE.
+
+    The planned makespan and the bubble fraction are left out where nothing is known of them.
+    """
+    mine = torch.tensor(
+        [times.measured, times.busy] if times is not None else [0.0, 0.0],
+        dtype=torch.float64,
+        device=platform.device(),
+    )
+    longest, total = mine.clone(), mine.clone()
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    if times is None or not times.steps:
+        return {}
+    measured = float(longest[0])
+    values: dict[str, float | str] = {
+        "fusion_plan": times.plan,
+        "fused_steps": times.steps,
+        "makespan_s": measured / times.steps,
+        "bubble_fraction": 1 - float(total[1]) / (measured * dist.get_world_size()),
+    }
+    if not math.isnan(times.planned):
+        values["planned_makespan_s"] = times.planned / times.steps
+        values["makespan_over_planned"] = measured / times.planned
+    return values
+
+
+def _input(step: ModelStep) -> StepInput:
+    tokens = [rows.batch.tokens for rows in step.micro_batches]
+    return StepInput(
+        forward_step_func=step.forward_step,
+        data_iterator=iter(step.micro_batches),
+        sequence_lengths=tuple(part.shape[1] for part in tokens),
+        batch_sizes=tuple(part.shape[0] for part in tokens),
+    )
+
+
+def _cache_folder(given: str | None) -> str | None:
+    if given is None:
+        return str(default_folder())
+    return None if given == "none" else given
+
+
+def _bytes(gib: float | None) -> float:
+    return math.inf if gib is None else gib * 2**30
