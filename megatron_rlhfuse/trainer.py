@@ -175,6 +175,8 @@ class Trainer:
             self.run.describe(scored, experience, updates, coefficient, self.ppo.optimizer_steps)
             if self.fused is not None:
                 self.run.describe_fusion(self.fused.take_times())
+                if dist.get_rank() == 0:
+                    self.fused.write_plan(Path(self.args.rlhfuse_run_dir) / "plan.json")
             self._adapt_kl(experience)
 
     def publish_weights(self, iteration: int) -> None:

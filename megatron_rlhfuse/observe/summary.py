@@ -28,6 +28,9 @@ COMPARED = {
     "response_length_p99": "Response length, 99th percentile",
     "stop_fraction": "Responses that ended by themselves",
     "logprob_difference_mean": "Rollout and training log-probability, mean difference",
+    "makespan_s": "Fused step, mean",
+    "makespan_over_planned": "Fused step, measured over planned",
+    "bubble_fraction": "Fused step, idle share",
     "tokens_per_s": "Throughput",
     "samples_per_s": "Throughput, samples",
 }

@@ -7,19 +7,26 @@ and so weights, are the same bit for bit.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_rlhfuse import platform
+from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.observe.trace import Tracer
 from megatron_rlhfuse.pipeline.fused import FusedPipeline, FusionOptions, StepReport
 from megatron_rlhfuse.pipeline.model import ForwardStep
 from megatron_rlhfuse.pipeline.plan_cache import default_folder
 from megatron_rlhfuse.pipeline.stage import StepInput
+from megatron_rlhfuse.schedule.errors import InfeasibleError
+from megatron_rlhfuse.schedule.evaluate import Timeline
+from megatron_rlhfuse.schedule.plan import make_plan, plan_to_json
+from megatron_rlhfuse.schedule.search import greedy
 from megatron_rlhfuse.training.experience import Experience
 from megatron_rlhfuse.training.trained_model import StepResult, TrainedModel, TrainedModels
 
@@ -64,6 +71,7 @@ class FusedTraining:
     pipeline: FusedPipeline
     tracer: Tracer
     _reports: list[StepReport] = field(default_factory=list)
+    _written: Timeline | None = None
 
     @classmethod
     def build(
@@ -125,6 +133,22 @@ class FusedTraining:
             measured=math.fsum(report.makespan for report in reports),
             busy=math.fsum(report.busy for report in reports),
         )
+
+    def write_plan(self, path: Path) -> None:
+        """Writes the plan that runs, once its times are measured ones, for `rlhfuse plan`.
+
+        Does nothing where the file holds it already. For one rank.
+        """
+        report = self.pipeline.last_step
+        if report is None or not report.is_measured or report.timeline is self._written:
+            return
+        timeline = self._written = report.timeline
+        try:
+            first = greedy(timeline.problem).makespan
+        except InfeasibleError:
+            first = timeline.makespan
+        plan = make_plan(timeline, greedy=first, seconds=0.0)
+        write_atomically(path, json.dumps(plan_to_json(plan)))
 
     def close(self) -> None:
         """Ends a search for a plan that is still going on."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhfuse import platform
+from megatron_rlhfuse.models import build
 from megatron_rlhfuse.models.build import wrap_for_training
 from megatron_rlhfuse.models.hf_config import Head
 from megatron_rlhfuse.pipeline.devices import opposite_layout
@@ -31,8 +35,10 @@ STEPS = 7
 RANKS = 4
 OPTIONS = FusionOptions(search_seconds=0.3, profile_steps=2, timeout_s=30, record=True)
 
+Case = tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[str, Any]]
+
 # By name: (tensor, pipeline) of actor and critic, micro-batches of both, and what else is special.
-CASES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[str, Any]]] = {
+CASES: dict[str, Case] = {
     "PP4, critic 2 x PP2": ((1, 4), (1, 2), (4, 3), {}),
     "PP4, critic 2 x PP2, tied": ((1, 4), (1, 2), (6, 4), {"actor": "qwen2"}),
     "PP4, critic PP4": ((1, 4), (1, 4), (5, 6), {}),
@@ -44,12 +50,22 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[s
     "PP2 DP2, critic TP2 PP2": ((1, 2), (2, 2), (4, 5), {"overlap_grad_reduce": True}),
     "PP4, critic PP1 DP4": ((1, 4), (1, 1), (4, 2), {}),
     "outputs kept": ((1, 4), (1, 2), (6, 3), {"keep outputs": True}),
+    "distributed optimizer": (
+        (1, 2),
+        (1, 2),
+        (4, 4),
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+    ),
+    "TP2 PP2, sequence parallelism": ((2, 2), (1, 2), (4, 5), {"sequence_parallel": True}),
     "bfloat16": ((1, 4), (1, 4), (4, 4), {"bf16": True}),
     "recomputed activations": ((1, 2), (1, 2), (4, 4), {"recompute": True}),
 }
 
 
-def check_fused(folder: str, names: Sequence[str]) -> dict[str, Any]:
+def check_fused(
+    folder: str, names: Sequence[str], cases: dict[str, Case] | None = None
+) -> dict[str, Any]:
+    """Runs cases of CASES, or others; results by name."""
     root = Path(folder)
     if dist.get_rank() == 0:
         for kind in ("llama", "qwen2"):
@@ -58,7 +74,7 @@ def check_fused(folder: str, names: Sequence[str]) -> dict[str, Any]:
     dist.barrier()
     args = megatron_args()
     seed_megatron()
-    return {name: _compare(root, args, *CASES[name]) for name in names}
+    return {name: _compare(root, args, *(cases or CASES)[name]) for name in names}
 
 
 def _compare(
@@ -71,7 +87,7 @@ def _compare(
 ) -> dict[str, Any]:
     """Every step of a pipeline's life against the stock schedule on the same models."""
     args = _with(args, special)
-    layout = Layout.contiguous(RANKS, *actor)
+    layout = Layout.contiguous(dist.get_world_size(), *actor)
     models = [
         _Trained(root / special.get("actor", "llama"), "language", args, layout, special),
         _Trained(root / "scalar", "scalar", args, opposite_layout(layout, *critic), special),
@@ -82,6 +98,7 @@ def _compare(
         [m.built.groups.pgc for m in models],  # type: ignore[union-attr]
         OPTIONS,
     )
+    assert models[0].built.model.config.sequence_parallel == bool(special.get("sequence_parallel"))
     found: dict[str, Any] = {"wrong": [], "sources": [], "smallest": float("inf")}
     for step in range(STEPS):
         batches = [m.batches(count, step) for m, count in zip(models, counts, strict=True)]
@@ -119,13 +136,34 @@ def _compare_forward(
 
 def _with(args: Namespace, special: dict[str, Any]) -> Namespace:
     args = copy.copy(args)
-    args.overlap_grad_reduce = special.get("overlap_grad_reduce", False)
+    for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
+        setattr(args, name, special.get(name, False))
     if special.get("bf16"):
         args.bf16, args.params_dtype = True, torch.bfloat16
     if special.get("recompute"):
         args.recompute_granularity, args.recompute_method = "full", "uniform"
         args.recompute_num_layers = 1
     return args
+
+
+@contextlib.contextmanager
+def _norms_of_sequence_parts() -> Iterator[None]:
+    """Lets models be built with sequence parallelism where only torch's own norms are there.
+
+    Megatron marks the weights of norms that see a part of the sequence; torch's class cannot.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    def marked(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **rest: Any) -> Any:
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+        norm.weight.sequence_parallel = True  # type: ignore[attr-defined]
+        return norm
+
+    with (
+        mock.patch.object(WrappedTorchNorm, "__new__", marked),
+        mock.patch.object(build, "_check_sizes"),
+    ):
+        yield
 
 
 class _Trained:
@@ -137,7 +175,12 @@ class _Trained:
         from megatron.core.distributed import finalize_model_grads
 
         self.head = head
-        self.built = Built(args, folder, head, layout)
+        with contextlib.ExitStack() as stack:
+            if special.get("sequence_parallel") and layout.tp > 1:
+                args = copy.copy(args)
+                args.sequence_parallel = True
+                stack.enter_context(_norms_of_sequence_parts())
+            self.built = Built(args, folder, head, layout)
         config, groups = self.built.model.config, self.built.groups
         assert groups is not None
         config.deallocate_pipeline_outputs = not special.get("keep outputs", False)
@@ -150,7 +193,9 @@ class _Trained:
         """Micro-batches of this replica: [2, length], the length differs from one to the next."""
         generator = torch.Generator().manual_seed(100 * step + 10 * self.replica + len(self.head))
         return [
-            torch.randint(0, VOCABULARY, (2, 5 + 3 * ((i + step) % 4)), generator=generator)
+            torch.randint(0, VOCABULARY, (2, 6 + 2 * ((i + step) % 4)), generator=generator).to(
+                platform.device()
+            )
             for i in range(count)
         ]
 
@@ -180,7 +225,8 @@ class _Trained:
     def step_input(self, batches: Sequence[Tensor], training: bool = True) -> StepInput:
         def forward_step(iterator: Any, part: Any) -> Any:
             tokens = next(iterator)
-            output = part(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            output = part(tokens, positions, None)
 
             def collect(output: Tensor, non_loss_data: bool = False) -> Any:
                 if non_loss_data:

@@ -137,7 +137,7 @@ class Built:
 
         def forward_step(iterator: Any, part: Any) -> tuple[Tensor, Callable[..., Any]]:
             tokens = next(iterator)
-            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             output = part(tokens, positions, None)
 
             def collect(output: Tensor, non_loss_data: bool = False) -> Any:
