@@ -11,16 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_rlhfuse.hook import install
-    from megatron_rlhfuse.pipeline.forward_backward import fused_forward_backward
+    from megatron_rlhfuse.pipeline.forward_backward import fused_forward_backward, last_step
     from megatron_rlhfuse.pipeline.fused import FusionOptions
     from megatron_rlhfuse.pipeline.rank_layouts import opposite_process_groups
 
-__all__ = ["FusionOptions", "fused_forward_backward", "install", "opposite_process_groups"]
+__all__ = [
+    "FusionOptions",
+    "fused_forward_backward",
+    "install",
+    "last_step",
+    "opposite_process_groups",
+]
 
 _MODULE_OF = {
     "FusionOptions": "megatron_rlhfuse.pipeline.fused",
     "fused_forward_backward": "megatron_rlhfuse.pipeline.forward_backward",
     "install": "megatron_rlhfuse.hook",
+    "last_step": "megatron_rlhfuse.pipeline.forward_backward",
     "opposite_process_groups": "megatron_rlhfuse.pipeline.rank_layouts",
 }
 

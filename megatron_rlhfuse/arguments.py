@@ -134,7 +134,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GIB",
         help="activations of both models that a rank may hold in a fused step; plans keep to it "
-        "(default: no limit)",
+        "(default: 90 %% of what is free on a GPU after the first step; on a CPU no limit)",
     )
     add(
         "--rlhfuse-trace",

@@ -151,10 +151,16 @@ def _check_fusion(args: argparse.Namespace) -> None:
             f"--rlhfuse-fusion intra trains actor and critic at once, and --advantage-estimator "
             f"{args.advantage_estimator} has no critic: use none"
         )
-    if args.rlhfuse_fusion == "none":
-        for name in ("rlhfuse_plan", "rlhfuse_plan_cache", "rlhfuse_activation_memory_gib"):
-            if getattr(args, name) is not None:
-                raise FlagError(f"{flag(name)} needs --rlhfuse-fusion intra: there is no plan else")
+    for name in ("rlhfuse_plan", "rlhfuse_plan_cache", "rlhfuse_activation_memory_gib"):
+        if getattr(args, name) is None:
+            continue
+        if args.rlhfuse_fusion == "none":
+            raise FlagError(f"{flag(name)} needs --rlhfuse-fusion intra: there is no plan else")
+        if args.advantage_estimator != "gae":
+            raise FlagError(
+                f"{flag(name)} has no effect with --advantage-estimator "
+                f"{args.advantage_estimator}, which has no critic to fuse with: leave it out"
+            )
     _need(args, "rlhfuse_plan_seconds", lambda value: 0 <= value < math.inf,
           "must be 0 (keep the first plan) or more seconds")  # fmt: skip
     _need(args, "rlhfuse_activation_memory_gib", lambda value: value > 0, "must be above 0")

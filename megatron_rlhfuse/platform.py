@@ -13,6 +13,7 @@ Invariants
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import types
@@ -94,6 +95,14 @@ def peak_resident_bytes(pid: int | None = None) -> int:
         return 0
     kib = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(kib.group(1)) * 1024 if kib else 0
+
+
+def free_memory() -> float:
+    """Bytes of device memory that no tensor holds; host memory is not counted, so inf on a CPU."""
+    if not has_cuda():
+        return math.inf
+    free, _ = torch.cuda.mem_get_info()
+    return float(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
 
 def synchronize() -> None:

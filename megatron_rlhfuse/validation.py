@@ -130,7 +130,8 @@ def _check_fused_layout(args: argparse.Namespace) -> None:
         raise FlagError(
             f"--critic-tensor-model-parallel-size {args.critic_tensor_model_parallel_size} and "
             f"--critic-pipeline-model-parallel-size {args.critic_pipeline_model_parallel_size} do "
-            f"not fit the actor's sizes for a fused pipeline: {fault}"
+            f"not fit the actor's sizes for a fused pipeline: {fault}; choose others, or "
+            "--rlhfuse-fusion none"
         ) from fault
 
 

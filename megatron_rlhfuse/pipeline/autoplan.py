@@ -7,7 +7,8 @@
 3. Rank 0 searches in a thread, for `search_seconds`; training goes on with the greedy plan.
 4. The plan found is broadcast, kept on disk, and run from then on.
 
-Where a plan is not shorter than back-to-back 1F1B, or does not fit the memory, that is run instead.
+Where a plan is not shorter than back-to-back 1F1B, that is run instead, if it fits the memory; also
+where no plan fits it. The first step, whose memory nobody knows yet, runs it in any case.
 A plan that was given, or is found on disk, is run from the first step.
 
 Every rank goes through the same states in the same steps: all that a decision depends on was
@@ -17,23 +18,23 @@ gathered or broadcast before. Which plan runs never changes what is computed.
 from __future__ import annotations
 
 import json
-import math
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
+from megatron_rlhfuse import platform
+from megatron_rlhfuse.pipeline.background_search import BackgroundSearch
 from megatron_rlhfuse.pipeline.devices import DeviceMap
 from megatron_rlhfuse.pipeline.errors import PlanMismatchError
 from megatron_rlhfuse.pipeline.plan_cache import PlanCache
+from megatron_rlhfuse.pipeline.plan_file import check_plan, from_rank_0, read_plan
 from megatron_rlhfuse.pipeline.profile import (
     Costs,
     gather_costs,
+    least_free_memory,
     make_problem,
     median_costs,
     unmeasured_problem,
@@ -42,15 +43,19 @@ from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.errors import InfeasibleError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
 from megatron_rlhfuse.schedule.lowering import forward_only, lower
-from megatron_rlhfuse.schedule.order import order_to_tokens, parse_order
-from megatron_rlhfuse.schedule.plan import load_plan, make_plan, parse_plan, plan_to_json
+from megatron_rlhfuse.schedule.order import parse_order
+from megatron_rlhfuse.schedule.plan import make_plan, parse_plan, plan_to_json
 from megatron_rlhfuse.schedule.problem import Problem
 from megatron_rlhfuse.schedule.program import Program
 from megatron_rlhfuse.schedule.replay import prove
-from megatron_rlhfuse.schedule.search import Progress, StopSearch, greedy, search
+from megatron_rlhfuse.schedule.search import greedy
 
 WIN = 1e-3
 """Relative: a plan must be shorter than back-to-back 1F1B by this much to be worth its memory."""
+
+
+MEMORY_SHARE = 0.9
+"""Of a GPU's free memory, for activations: the rest is for what kernels need for the moment."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,11 @@ class PlanOptions:
         search_seconds: budget of the search on rank 0, which trains meanwhile; 0 keeps the greedy
             plan
         search_threads: of that search
-        profile_steps: steps to measure under the greedy plan
+        profile_steps: steps to measure under the greedy plan; 0 keeps that of the first step's
+            numbers, without a search
         cache: folder of plans; None keeps none
-        memory_limit: bytes of activations that a rank may hold, both models together
+        memory_limit: bytes of activations that a rank may hold, both models together; None takes
+            MEMORY_SHARE of what is free on a GPU after the first step, on a CPU no limit
         receives_ahead: receives posted before the first of a channel is waited for
     """
 
@@ -73,8 +80,8 @@ class PlanOptions:
     search_threads: int = 1
     profile_steps: int = 3
     cache: Path | str | None = None
-    memory_limit: float = math.inf
-    receives_ahead: int = 2
+    memory_limit: float | None = None
+    receives_ahead: int = field(default_factory=platform.receives_ahead)
 
 
 class AutoPlan:
@@ -103,8 +110,9 @@ class AutoPlan:
         }
         self._measure_transfer = measure_transfer
         self._transfer = 0.0
+        self._limit = options.memory_limit
         self._steps: list[Costs] = []
-        self._search: _Search | None = None
+        self._search: BackgroundSearch | None = None
         self._programs: dict[bool, list[Program]] = {}
         self.timeline: Timeline
         """The plan, with its times in seconds; before the first step was measured, without."""
@@ -164,7 +172,9 @@ class AutoPlan:
             problem = self._gather(self._steps[1:])
             self._adopt(*_greedy(problem), measured=True)
             if self._options.search_seconds > 0:
-                self._search = _Search(self.timeline, self._options)
+                self._search = BackgroundSearch(
+                    problem, self._options.search_seconds, self._options.search_threads
+                )
             else:
                 self._settled = True
 
@@ -181,7 +191,7 @@ class AutoPlan:
             timeline = read_plan(self._options.plan, self._devices, self._micro_batches)
             self._adopt(timeline, "file", measured=False)
             return
-        text = _from_rank_0(self._cached)
+        text = from_rank_0(self._cached)
         if text:
             plan = parse_plan(json.loads(text))
             self._settle(plan.timeline, "cache", measured=True)
@@ -202,15 +212,22 @@ class AutoPlan:
 
     def _gather(self, steps: Sequence[Costs]) -> Problem:
         costs, transfer = gather_costs(self._devices, median_costs(steps), self._transfer)
-        limit = self._options.memory_limit
+        limit = self._memory_limit()
         return make_problem(self._devices, self._micro_batches, costs, transfer, limit)
+
+    def _memory_limit(self) -> float:
+        """COLLECTIVE in the first call."""
+        if self._limit is None:
+            self._limit = MEMORY_SHARE * least_free_memory()
+        return self._limit
 
     def _take_up_search(self) -> None:
         assert self._search is not None
         search_ = self._search
-        text = _from_rank_0(lambda: search_.result_text() if search_.is_done else "")
+        text = from_rank_0(lambda: search_.result_text() if search_.is_done else "")
         if not text:
             return
+        search_.stop()
         self._search = None
         found = json.loads(text)
         if found["order"] is None:
@@ -220,7 +237,8 @@ class AutoPlan:
         timeline = evaluate(problem, parse_order(problem, found["order"]))
         greedy_makespan = self.timeline.makespan
         self._settle(*_or_1f1b(timeline, "search"), measured=True)
-        if self._cache is not None and dist.get_rank() == 0:
+        fits = self.timeline.over_limit() is None
+        if self._cache is not None and fits and dist.get_rank() == 0:
             plan = make_plan(self.timeline, greedy=greedy_makespan, seconds=found["seconds"])
             self._cache.store(self._key, plan)
 
@@ -233,54 +251,6 @@ class AutoPlan:
         self._programs = {}
 
 
-def read_plan(path: Path | str, devices: DeviceMap, micro_batches: Sequence[int]) -> Timeline:
-    """The plan of a file that rank 0 reads, proved to run on these pipelines. COLLECTIVE.
-
-    Raises PlanMismatchError, ScheduleError or OSError, on every rank.
-    """
-    text = _from_rank_0(lambda: json.dumps(plan_to_json(load_plan(path))))
-    timeline = parse_plan(json.loads(text)).timeline
-    check_plan(timeline.problem, devices, micro_batches)
-    prove(lower(timeline.problem, timeline.order))
-    return timeline
-
-
-def check_plan(problem: Problem, devices: DeviceMap, micro_batches: Sequence[int]) -> None:
-    """Raises PlanMismatchError unless a plan of `problem` was made for this job's pipelines."""
-    if problem.devices != devices.devices:
-        raise PlanMismatchError(
-            f"the plan is for {problem.devices} devices, this job has {devices.devices} in each "
-            f"of its {len(devices.groups)} group(s)"
-        )
-    if len(problem.models) != len(devices.names):
-        raise PlanMismatchError(
-            f"the plan is for {len(problem.models)} model(s), this job trains "
-            f"{' and '.join(devices.names)}"
-        )
-    for m, (model, pipelines, count) in enumerate(
-        zip(problem.models, devices.pipelines, micro_batches, strict=True)
-    ):
-        name = devices.names[m]
-        if sorted(model.pipelines) != sorted(pipelines):
-            raise PlanMismatchError(
-                f"models[{m}].pipelines: the plan has {_lists(model.pipelines)}, {name} runs on "
-                f"{_lists(pipelines)}: plan for this layout"
-            )
-        if model.pipelines != pipelines:
-            raise PlanMismatchError(
-                f"models[{m}].pipelines: want them in the order {_lists(pipelines)}"
-            )
-        if model.micro_batches != count:
-            raise PlanMismatchError(
-                f"models[{m}].micro_batches: the plan has {model.micro_batches}, {name} runs "
-                f"{count} in a step"
-            )
-
-
-def _lists(pipelines: Sequence[Sequence[int]]) -> str:
-    return str([list(pipeline) for pipeline in pipelines])
-
-
 def _greedy(problem: Problem) -> tuple[Timeline, str]:
     try:
         return _or_1f1b(greedy(problem), "greedy")
@@ -290,67 +260,7 @@ def _greedy(problem: Problem) -> tuple[Timeline, str]:
 
 def _or_1f1b(timeline: Timeline, source: str) -> tuple[Timeline, str]:
     back_to_back = evaluate(timeline.problem, one_f_one_b(timeline.problem))
-    if timeline.makespan < back_to_back.makespan * (1 - WIN):
+    shorter = timeline.makespan < back_to_back.makespan * (1 - WIN)
+    if shorter or back_to_back.over_limit() is not None:
         return timeline, source
     return back_to_back, "1f1b"
-
-
-def _from_rank_0(make: Callable[[], str]) -> str:
-    """A text of rank 0, on every rank; an error of rank 0 is raised on all. COLLECTIVE."""
-    messages, fault = None, None
-    if dist.get_rank() == 0:
-        try:
-            messages = [b"ok", make().encode()]
-        except Exception as error:  # whatever it is, the others wait
-            fault = error
-            messages = [b"error", str(error).encode(errors="replace")]
-    status, content = broadcast_messages(messages, 0)
-    if status == b"error":
-        raise fault or PlanMismatchError(content.decode())
-    return content.decode()
-
-
-class _Search:
-    """A search in a thread of rank 0; on other ranks nothing."""
-
-    def __init__(self, start: Timeline, options: PlanOptions) -> None:
-        self._stopped = threading.Event()
-        self._found: dict[str, Any] = {"order": None, "seconds": 0.0}
-        self._thread: threading.Thread | None = None
-        if dist.get_rank() == 0:
-            self._thread = threading.Thread(
-                target=self._run, args=(start, options), name="plan search", daemon=True
-            )
-            self._thread.start()
-
-    @property
-    def is_done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join(5)
-
-    def result_text(self) -> str:
-        return json.dumps(self._found)
-
-    def _run(self, start: Timeline, options: PlanOptions) -> None:
-        def stop_if_told(progress: Progress) -> None:
-            if self._stopped.is_set():
-                raise StopSearch
-
-        began = time.monotonic()
-        try:
-            result = search(
-                start.problem,
-                seconds=options.search_seconds,
-                threads=options.search_threads,
-                progress=stop_if_told,
-            )
-        except ScheduleError:  # no plan fits the memory: the one that runs stays
-            return
-        self._found = {
-            "order": order_to_tokens(result.timeline.order),
-            "seconds": time.monotonic() - began,
-        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,14 +13,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_rlhfuse import platform
-from megatron_rlhfuse.pipeline.autoplan import AutoPlan, PlanOptions, read_plan
+from megatron_rlhfuse.pipeline.autoplan import AutoPlan, PlanOptions
 from megatron_rlhfuse.pipeline.clock import Span, make_clock
 from megatron_rlhfuse.pipeline.devices import map_devices
 from megatron_rlhfuse.pipeline.executor import execute
 from megatron_rlhfuse.pipeline.links import Transfers, build_links, measure_transfer
 from megatron_rlhfuse.pipeline.memory import ActivationMeter
+from megatron_rlhfuse.pipeline.plan_file import read_plan
 from megatron_rlhfuse.pipeline.profile import step_costs
-from megatron_rlhfuse.pipeline.rank_layouts import gather_layouts
+from megatron_rlhfuse.pipeline.rank_layouts import all_gather_rows, gather_layouts
 from megatron_rlhfuse.pipeline.stage import Stage, StepInput
 from megatron_rlhfuse.schedule.evaluate import Timeline
 
@@ -81,36 +83,45 @@ class FusedPipeline:
         self,
         names: Sequence[str],
         models: Sequence[torch.nn.Module],
-        process_groups: Sequence[ProcessGroupCollection],
+        process_groups: Sequence[ProcessGroupCollection | None],
         options: FusionOptions | None = None,
     ) -> None:
         """COLLECTIVE over all ranks of the job, each with its part of every model.
 
+        process_groups: of every model; a rank that has None for one is refused, with all others
         Raises LayoutError, on every rank, for layouts that cannot be fused, and ValueError for a
         model that cannot be run in a fused pipeline.
         """
         self.options = options or FusionOptions()
-        self.stages = [
-            Stage(name, model, groups)
-            for name, model, groups in zip(names, models, process_groups, strict=True)
-        ]
         self._timeout = timedelta(seconds=self.options.timeout_s)
+        # First, on every rank: one that lacks a model has no stage to make.
         layouts = gather_layouts(names, process_groups)
         self.devices = map_devices(names, layouts)
+        present = [groups for groups in process_groups if groups is not None]
+        self.stages = [
+            Stage(name, model, groups)
+            for name, model, groups in zip(names, models, present, strict=True)
+        ]
         _, self._device = self.devices.locate(dist.get_rank())
         self._links = [
             build_links(layout, groups.pp, name, None)
-            for name, layout, groups in zip(names, layouts, process_groups, strict=True)
+            for name, layout, groups in zip(names, layouts, present, strict=True)
         ]
         self._plans: dict[tuple[int, ...], AutoPlan] = {}
+        self._broken = False
         self.last_step: StepReport | None = None
 
     def run(self, steps: Sequence[StepInput], forward_only: bool = False) -> list[list[Any]]:
         """Forward and backward of all micro-batches of all models; gradients are finalized.
 
         COLLECTIVE over all ranks of the job. Returns for every model what its loss function
-        reported per micro-batch; empty before the last stage.
+        reported per micro-batch; empty before the last stage. After an error in a step it refuses
+        to run again: messages of that step may still be under way, and would be taken for others.
         """
+        if self._broken:
+            raise RuntimeError(
+                "a step of this fused pipeline failed: end the job and go on from a checkpoint"
+            )
         plan = self._plan(steps)
         plan.before_step()
         program = plan.program(self._device, forward_only)
@@ -126,11 +137,13 @@ class FusedPipeline:
             for links, stage, step in zip(self._links, self.stages, steps, strict=True)
         ]
         clock = make_clock() if timed else None
+        self._broken = True
         execute(program, self.stages, transfers, self._timeout, clock)
         for stage in self.stages:
             stage.finish()
         for stage in self.stages:  # the same order on every rank: these are collectives
             stage.finalize()
+        self._broken = False
         spans = clock.spans() if clock is not None else []
         if not forward_only:
             self.last_step = StepReport(
@@ -171,6 +184,7 @@ class FusedPipeline:
         if counts not in self._plans:
             if 0 in counts:
                 raise ValueError(f"num_microbatches {list(counts)}: every model needs at least one")
+            self._check_agreement(steps)
             self._plans[counts] = AutoPlan(
                 self.devices,
                 counts,
@@ -179,6 +193,33 @@ class FusedPipeline:
                 lambda: self._measure_transfer(steps),
             )
         return self._plans[counts]
+
+    def _check_agreement(self, steps: Sequence[StepInput]) -> None:
+        """COLLECTIVE. Raises ValueError, on every rank, where ranks expect different messages.
+
+        A transport would put a shorter message into a longer buffer without a word. Checked in the
+        first step with these numbers of micro-batches.
+        """
+        row = []
+        for step in steps:
+            lengths = repr((step.sequence_lengths, step.batch_sizes)).encode()
+            row += [step.micro_batches, zlib.crc32(lengths)]
+        table = all_gather_rows(torch.tensor(row, dtype=torch.int64)).tolist()
+        for m, (name, layout) in enumerate(
+            zip(self.devices.names, self.devices.layouts, strict=True)
+        ):
+            counts = {row[2 * m] for row in table}
+            if len(counts) > 1:
+                raise ValueError(
+                    f"num_microbatches of {name}: ranks have {sorted(counts)}; all need the same"
+                )
+            for replica in layout.ranks:
+                ranks = [rank for stage in replica for rank in stage]
+                if len({table[rank][2 * m + 1] for rank in ranks}) > 1:
+                    raise ValueError(
+                        f"seq_length or micro_batch_size of {name}: ranks {ranks}, one replica, "
+                        "have different ones; all of its ranks need those of its data"
+                    )
 
     def _measure_transfer(self, steps: Sequence[StepInput]) -> float:
         """Seconds of the slowest hop of this rank with messages of these steps. COLLECTIVE."""

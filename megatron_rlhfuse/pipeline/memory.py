@@ -8,26 +8,38 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_rlhfuse import platform
+
 
 class ActivationMeter:
     """Counts the bytes that autograd has saved, while in use as a context manager.
 
     Each storage counts once, however many tensors share it; parameters and what is saved without
-    a backward to come do not count. Works the same on CPU and GPU; costs a Python call per saved
-    tensor, so it is for profiling.
+    a backward to come do not count. Costs a Python call per saved tensor, so it is for profiling.
+
+    On a GPU it asks the allocator, at the ends of forwards, what has come since the meter was made.
+    Hooks hand a backward its parameters as other tensors; Megatron's fused accumulation of
+    gradients, a GPU's, marks those as done, and a DDP with overlap_grad_reduce would fail.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.held = 0
-        """Bytes saved at the moment."""
         self.peak = 0
         """Most bytes ever saved at once."""
+        self._held = 0
+        self._on_gpu = platform.has_cuda()
+        self._before = torch.cuda.memory_allocated() if self._on_gpu else 0
         self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
         self._counts: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
+    @property
+    def held(self) -> int:
+        """Bytes saved at the moment."""
+        return torch.cuda.memory_allocated() - self._before if self._on_gpu else self._held
+
     def __enter__(self) -> ActivationMeter:
-        self._hooks.__enter__()
+        if not self._on_gpu:
+            self._hooks.__enter__()
         return self
 
     def __exit__(
@@ -36,16 +48,16 @@ class ActivationMeter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._hooks.__exit__(kind, error, traceback)
+        if self._on_gpu:
+            self.peak = max(self.peak, self.held)
+        else:
+            self._hooks.__exit__(kind, error, traceback)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
-        if tensor.is_leaf and tensor.untyped_storage().data_ptr() in self._parameters:
-            # As itself: Megatron's linear layers keep `main_grad` and more on the parameter.
-            return tensor
+    def _pack(self, tensor: Tensor) -> _Saved:
         return _Saved(self, tensor)
 
-    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
-        return saved.tensor if isinstance(saved, _Saved) else saved
+    def _unpack(self, saved: _Saved) -> Tensor:
+        return saved.tensor
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage.data_ptr()
@@ -53,8 +65,8 @@ class ActivationMeter:
             return
         self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == 1:
-            self.held += storage.nbytes()
-            self.peak = max(self.peak, self.held)
+            self._held += storage.nbytes()
+            self.peak = max(self.peak, self._held)
 
     def _let_go(self, storage: torch.UntypedStorage) -> None:
         key = storage.data_ptr()
@@ -63,7 +75,7 @@ class ActivationMeter:
         self._counts[key] -= 1
         if not self._counts[key]:
             del self._counts[key]
-            self.held -= storage.nbytes()
+            self._held -= storage.nbytes()
 
 
 class _Saved:

@@ -7,6 +7,7 @@ metrics then show that it is not kept to.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,4 +54,5 @@ class PlanCache:
             part.write_text(json.dumps(plan_to_json(plan)))
             part.replace(path)
         except OSError:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()

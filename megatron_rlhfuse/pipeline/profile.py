@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.pipeline.clock import Span
 from megatron_rlhfuse.pipeline.devices import DeviceMap
+from megatron_rlhfuse.pipeline.rank_layouts import all_gather_rows
 from megatron_rlhfuse.schedule.problem import Model, Problem
 from megatron_rlhfuse.schedule.program import Op
 
@@ -93,6 +94,13 @@ def unmeasured_problem(devices: DeviceMap, micro_batches: Sequence[int]) -> Prob
     return make_problem(devices, micro_batches, costs, 0.0, float("inf"))
 
 
+def least_free_memory() -> float:
+    """Bytes free on the rank that has least; inf on CPUs. COLLECTIVE over the job."""
+    free = torch.tensor([platform.free_memory()], dtype=torch.float64, device=platform.device())
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    return float(free)
+
+
 def gather_costs(
     devices: DeviceMap, mine: Costs, transfer: float
 ) -> tuple[list[list[StageCost]], float]:
@@ -104,10 +112,7 @@ def gather_costs(
     row = [transfer]
     for cost in mine:
         row += [cost.forward, cost.backward, cost.activation]
-    sent = torch.tensor(row, dtype=torch.float64, device=platform.device())
-    rows = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, sent)
-    table = torch.stack(rows).cpu().tolist()
+    table = all_gather_rows(torch.tensor(row, dtype=torch.float64)).tolist()
     costs = []
     for m, layout in enumerate(devices.layouts):
         stages = []

@@ -61,13 +61,18 @@ def gather_layouts(
             continue
         pipeline = dist.get_process_group_ranks(groups.pp)
         row += [groups.dp.rank(), groups.pp.rank(), groups.tp.rank(), pipeline[0]]
-    sent = torch.tensor(row, dtype=torch.int64, device=platform.device())
-    rows = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, sent)
-    table = torch.stack(rows).cpu().tolist()
+    table = all_gather_rows(torch.tensor(row, dtype=torch.int64)).tolist()
     return [
         _layout(name, [row[4 * m : 4 * m + 4] for row in table]) for m, name in enumerate(names)
     ]
+
+
+def all_gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, [ranks, columns], on the host. COLLECTIVE over the job."""
+    sent = row.to(platform.device())
+    rows = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, sent)
+    return torch.stack(rows).cpu()
 
 
 def _layout(name: str, places: Sequence[Sequence[int]]) -> Layout:

@@ -49,8 +49,9 @@ class ModelStep:
 
 @dataclass(frozen=True)
 class FusionTimes:
-    """The fused steps of an iteration on this rank: seconds, summed up.
+    """The fused steps of an iteration on this rank: seconds, summed up over those timed.
 
+    timed: steps that were timed: all of them with a trace, else what planning needed
     planned: makespans of the plans that ran, NaN before stage times were measured
     measured: from the steps' starts to the last forward or backward of this rank
     busy: in forwards and backwards
@@ -58,6 +59,7 @@ class FusionTimes:
 
     steps: int
     plan: str
+    timed: int
     planned: float
     measured: float
     busy: float
@@ -71,6 +73,8 @@ class FusedTraining:
     pipeline: FusedPipeline
     tracer: Tracer
     _reports: list[StepReport] = field(default_factory=list)
+    _undrawn: StepReport | None = None
+    """The step whose plan is not in the trace yet."""
     _written: Timeline | None = None
 
     @classmethod
@@ -111,27 +115,30 @@ class FusedTraining:
         with self.tracer.span("fused step", "training"):
             reported = self.pipeline.run([_input(step) for step in (actor, critic)])
         report = self.pipeline.last_step
-        if report is not None and report.spans:
-            self._reports.append(report)
-            self._trace(report)
+        assert report is not None
+        self._reports.append(report)
+        self._trace(report)
         return tuple(  # type: ignore[return-value]
             self._finish(model, found, step.metrics)
             for model, found, step in zip(models, reported, (actor, critic), strict=True)
         )
 
     def take_times(self) -> FusionTimes | None:
-        """The recorded steps since the last call; None without any."""
+        """The fused steps since the last call; None without any."""
+        self._trace_plan()
         reports, self._reports = self._reports, []
         if not reports:
             return None
+        timed = [report for report in reports if report.spans]
         return FusionTimes(
             steps=len(reports),
             plan=reports[-1].source,
+            timed=len(timed),
             planned=math.fsum(
-                report.timeline.makespan if report.is_measured else math.nan for report in reports
+                report.timeline.makespan if report.is_measured else math.nan for report in timed
             ),
-            measured=math.fsum(report.makespan for report in reports),
-            busy=math.fsum(report.busy for report in reports),
+            measured=math.fsum(report.makespan for report in timed),
+            busy=math.fsum(report.busy for report in timed),
         )
 
     def write_plan(self, path: Path) -> None:
@@ -161,7 +168,11 @@ class FusedTraining:
             return model.finish_step(reported, names)
 
     def _trace(self, report: StepReport) -> None:
-        """What ran when, and beside it when the plan has it."""
+        """What ran when, and beside it when the plan has it, if the step was timed."""
+        if not report.spans:
+            return
+        self._trace_plan(until=report.began)
+        self._undrawn = report if report.is_measured else None
         for span in report.spans:
             instruction = span.instruction
             self.tracer.add(
@@ -173,14 +184,24 @@ class FusedTraining:
                 stage=instruction.stage,
                 micro_batch=instruction.micro_batch,
             )
-        if not report.is_measured:
+
+    def _trace_plan(self, until: float = math.inf) -> None:
+        """When the plan has what the last step did, cut off where the next step began.
+
+        A step may take less than its plan says: its responses are shorter than those measured.
+        """
+        report, self._undrawn = self._undrawn, None
+        if report is None:
             return
         timeline, device = report.timeline, report.device
         for position, subtask in enumerate(timeline.order[device]):
+            start = report.began + timeline.start[device][position]
+            if start >= until:
+                break
             self.tracer.add(
                 subtask.token,
-                report.began + timeline.start[device][position],
-                report.began + timeline.end(device, position),
+                start,
+                min(report.began + timeline.end(device, position), until),
                 PLANNED_TRACK,
                 _CATEGORIES[subtask.model],
                 stage=subtask.stage,
@@ -191,7 +212,7 @@ class FusedTraining:
 def reduce_times(times: FusionTimes | None) -> dict[str, float | str]:
     """Metrics of an iteration's fused steps, over all ranks. COLLECTIVE.
 
-    The planned makespan and the bubble fraction are left out where nothing is known of them.
+    Times are left out where no step was timed, that of the plan where it was not known.
     """
     mine = torch.tensor(
         [times.measured, times.busy] if times is not None else [0.0, 0.0],
@@ -201,17 +222,16 @@ def reduce_times(times: FusionTimes | None) -> dict[str, float | str]:
     longest, total = mine.clone(), mine.clone()
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     dist.all_reduce(total)
-    if times is None or not times.steps:
+    if times is None:
         return {}
+    values: dict[str, float | str] = {"fusion_plan": times.plan, "fused_steps": times.steps}
+    if not times.timed:
+        return values
     measured = float(longest[0])
-    values: dict[str, float | str] = {
-        "fusion_plan": times.plan,
-        "fused_steps": times.steps,
-        "makespan_s": measured / times.steps,
-        "bubble_fraction": 1 - float(total[1]) / (measured * dist.get_world_size()),
-    }
+    values["makespan_s"] = measured / times.timed
+    values["bubble_fraction"] = 1 - float(total[1]) / (measured * dist.get_world_size())
     if not math.isnan(times.planned):
-        values["planned_makespan_s"] = times.planned / times.steps
+        values["planned_makespan_s"] = times.planned / times.timed
         values["makespan_over_planned"] = measured / times.planned
     return values
 
@@ -232,5 +252,5 @@ def _cache_folder(given: str | None) -> str | None:
     return None if given == "none" else given
 
 
-def _bytes(gib: float | None) -> float:
-    return math.inf if gib is None else gib * 2**30
+def _bytes(gib: float | None) -> float | None:
+    return None if gib is None else gib * 2**30

@@ -175,6 +175,32 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--ppo-kl-coef 0 --ppo-kl-target 1", "--ppo-kl-target", "a start value"),
     ("--ppo-kl-coef 0 --reference-model {}/actor", "--reference-model", "leave it out"),
     ("--ppo-kl-target 1 --ppo-kl-horizon 3", "--ppo-kl-horizon 3", "above a fifth"),
+    # fusion
+    (
+        "--rlhfuse-fusion intra --advantage-estimator grpo --rollout-samples-per-prompt 4",
+        "--rlhfuse-fusion intra trains actor and critic at once",
+        "use none",
+    ),
+    (
+        "--rlhfuse-fusion both --advantage-estimator reinforce++ --rlhfuse-plan p.json",
+        "--rlhfuse-plan has no effect with --advantage-estimator reinforce++",
+        "leave it out",
+    ),
+    ("--rlhfuse-plan p.json", "--rlhfuse-plan needs", "--rlhfuse-fusion intra"),
+    ("--rlhfuse-plan-cache none", "--rlhfuse-plan-cache needs", "--rlhfuse-fusion intra"),
+    (
+        "--rlhfuse-activation-memory-gib 1",
+        "--rlhfuse-activation-memory-gib needs",
+        "--rlhfuse-fusion intra",
+    ),
+    ("--rlhfuse-plan-seconds -1", "--rlhfuse-plan-seconds -1.0", "0 (keep the first plan)"),
+    ("--rlhfuse-plan-seconds nan", "--rlhfuse-plan-seconds nan", "0 (keep the first plan)"),
+    ("--rlhfuse-plan-seconds inf", "--rlhfuse-plan-seconds inf", "0 (keep the first plan)"),
+    (
+        "--rlhfuse-fusion intra --rlhfuse-activation-memory-gib 0",
+        "--rlhfuse-activation-memory-gib 0.0",
+        "above 0",
+    ),
     # precision, optimizer, schedules
     ("--rollout-temperature 0.001", "--rollout-temperature 0.001", "must be in [0.01, 2]"),
     ("--fp16", "--fp16", "--bf16"),
@@ -300,6 +326,25 @@ REFUSED_WIDE: list[tuple[int, str, str, str]] = [
         "--critic-micro-batch-size 4 x 4 data-parallel",
         "change one",
     ),
+    (
+        4,
+        "--rlhfuse-fusion intra --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--critic-tensor-model-parallel-size 1 --critic-pipeline-model-parallel-size 4",
+        "--critic-tensor-model-parallel-size 1 and --critic-pipeline-model-parallel-size 4 do not",
+        "choose others, or --rlhfuse-fusion none",
+    ),
+    (
+        6,
+        "--rlhfuse-fusion intra --tensor-model-parallel-size 3",
+        "actor.tp: want a power of two",
+        "choose others, or --rlhfuse-fusion none",
+    ),
+    (
+        6,
+        "--rlhfuse-fusion both --critic-tensor-model-parallel-size 3",
+        "critic.tp: want a power of two",
+        "choose others, or --rlhfuse-fusion none",
+    ),
 ]
 
 
@@ -325,6 +370,13 @@ def test_refusal_of_layouts(parse: Parse, world: int, flags: str, fault: str, re
         (1, "--advantage-estimator grpo --rollout-samples-per-prompt 4 --ppo-kl-coef 0"),
         (1, "--advantage-estimator reinforce++ --ppo-kl-placement loss"),
         (1, "--reward-model - --reward-function json:dumps"),
+        (1, "--rlhfuse-fusion both --advantage-estimator grpo --rollout-samples-per-prompt 4"),
+        (
+            4,
+            "--rlhfuse-fusion intra --tensor-model-parallel-size 2 "
+            "--pipeline-model-parallel-size 2 --critic-tensor-model-parallel-size 1 "
+            "--rlhfuse-plan-seconds 0 --rlhfuse-plan p.json --rlhfuse-activation-memory-gib .5",
+        ),
         (1, "--critic-model {}/actor"),  # a critic may start from a language model
         (1, "--reference-model {}/actor --ppo-kl-target 1 --ppo-kl-horizon 100"),
         (1, "--bf16 --overlap-grad-reduce --recompute-activations"),
@@ -394,6 +446,32 @@ def test_models_that_are_not_given_follow(parse: Parse, folders: Path) -> None:
 )
 def test_the_kl_estimator_follows_its_placement(parse: Parse, flags: str, estimator: str) -> None:
     assert parse(flags).ppo_kl_estimator == estimator
+
+
+@pytest.mark.parametrize(
+    ("flags", "fuses"),
+    [
+        ("", False),
+        ("--rlhfuse-fusion intra", True),
+        ("--rlhfuse-fusion both", True),
+        ("--rlhfuse-fusion both --advantage-estimator reinforce++", False),
+    ],
+)
+def test_training_is_fused_where_there_is_a_critic(parse: Parse, flags: str, fuses: bool) -> None:
+    args = parse(flags)
+    assert args.fuses_training is fuses
+    assert (args.rlhfuse_plan, args.rlhfuse_plan_cache) == (None, None)
+    assert (args.rlhfuse_plan_seconds, args.rlhfuse_activation_memory_gib) == (10.0, None)
+
+
+def test_the_critic_runs_opposite_to_the_actor_only_where_they_are_fused(parse: Parse) -> None:
+    from megatron_rlhfuse.layouts import training_layouts
+
+    sizes = "--pipeline-model-parallel-size 3"
+    alone = training_layouts(parse(sizes, world=3))
+    fused = training_layouts(parse(f"{sizes} --rlhfuse-fusion intra", world=3))
+    assert alone[0] == alone[1] == fused[0]
+    assert fused[1].ranks == (((2,), (1,), (0,)),)
 
 
 def test_engines_fill_the_job(parse: Parse) -> None:
