@@ -1,4 +1,4 @@
-"""Which ranks train which part of actor and critic, by the flags. PURE."""
+"""Which ranks train which part of actor and critic, and in how many micro-batches. PURE."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def training_layouts(args: argparse.Namespace) -> tuple[Layout, Layout]:
     if args.fuses_training:
         return actor, opposite_layout(actor, *critic, names=("actor", "critic"))
     return actor, Layout.contiguous(args.world_size, *critic)
+
+
+def micro_batches_per_step(args: argparse.Namespace) -> tuple[int, int]:
+    """Micro-batches of a replica of actor and critic in one optimizer step."""
+    actor, critic = training_layouts(args)
+    return (
+        args.global_batch_size // (args.micro_batch_size * actor.dp),
+        args.global_batch_size // (args.critic_micro_batch_size * critic.dp),
+    )

@@ -26,11 +26,9 @@ from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.models.save import save_hf
 from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
-from megatron_rlhfuse.pipeline.errors import PlanMismatchError
 from megatron_rlhfuse.rlhf.kl import make_kl_controller
 from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.run_record import RunRecord
-from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from megatron_rlhfuse.training.experience import Experience, build_experience
 from megatron_rlhfuse.training.fused_training import FusedTraining
@@ -79,7 +77,9 @@ class Trainer:
         self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout)
         self.models = build_trained_models(args)
         self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
-        self.fused = self._fuse_training()
+        self.fused = (
+            FusedTraining.build(args, self.models, self.tracer) if args.fuses_training else None
+        )
         self.ppo = PPO(args, self.models, self.tracer, self.fused)
         self.kl_controller = make_kl_controller(
             "adaptive" if args.ppo_kl_target else "fixed",
@@ -125,14 +125,6 @@ class Trainer:
             args.rollout_batch_size // args.rollout_samples_per_prompt,
             args.seed,
         )
-
-    def _fuse_training(self) -> FusedTraining | None:
-        if not self.args.fuses_training:
-            return None
-        try:
-            return FusedTraining.build(self.args, self.models, self.tracer)
-        except (ScheduleError, PlanMismatchError, OSError) as fault:
-            refuse(f"--rlhfuse-plan {self.args.rlhfuse_plan}: {fault}")
 
     def iterations(self) -> Iterator[int]:
         """Numbers of the iterations to run, from 1; after a resume the first one not yet done."""

@@ -15,9 +15,13 @@ from megatron_rlhfuse import platform
 from megatron_rlhfuse.flag_error import FlagError, flag
 from megatron_rlhfuse.flag_rules import check_schedules
 from megatron_rlhfuse.inference.reward_function import RewardFunctionError, load_reward_function
-from megatron_rlhfuse.layouts import training_layouts
+from megatron_rlhfuse.layouts import micro_batches_per_step, training_layouts
 from megatron_rlhfuse.models.hf_config import Head, ModelShape, apply_shape, read_shape
-from megatron_rlhfuse.pipeline.devices import LayoutError
+from megatron_rlhfuse.pipeline.devices import LayoutError, map_devices
+from megatron_rlhfuse.pipeline.errors import PlanMismatchError
+from megatron_rlhfuse.pipeline.plan_file import check_plan
+from megatron_rlhfuse.schedule.errors import ScheduleError
+from megatron_rlhfuse.schedule.plan import load_plan
 
 # A fault is reported of the first model that has it: those before others that default to them.
 _MODELS = ("actor", "reward", "reference", "critic")
@@ -40,6 +44,7 @@ def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     _check_fused_layout(args)
     _check_batches(args)
     _check_folders(args)
+    _check_plan(args)
     _read_shapes(args)
     _check_models(args)
     _check_reward_function(args)
@@ -133,6 +138,18 @@ def _check_fused_layout(args: argparse.Namespace) -> None:
             f"not fit the actor's sizes for a fused pipeline: {fault}; choose others, or "
             "--rlhfuse-fusion none"
         ) from fault
+
+
+def _check_plan(args: argparse.Namespace) -> None:
+    """That the plan can be run by this job; the file need not be there on ranks other than 0."""
+    if args.rlhfuse_plan is None or args.rank != 0:
+        return
+    try:
+        plan = load_plan(args.rlhfuse_plan)
+        devices = map_devices(("actor", "critic"), training_layouts(args))
+        check_plan(plan.timeline, devices, micro_batches_per_step(args))
+    except (PlanMismatchError, ScheduleError, OSError) as fault:
+        raise FlagError(f"--rlhfuse-plan {args.rlhfuse_plan}: {fault}") from fault
 
 
 def _check_batches(args: argparse.Namespace) -> None:

@@ -204,8 +204,7 @@ class AutoPlan:
         if plan is None:
             return ""
         try:
-            check_plan(plan.timeline.problem, self._devices, self._micro_batches)
-            lower(plan.timeline.problem, plan.timeline.order)
+            check_plan(plan.timeline, self._devices, self._micro_batches)
         except (PlanMismatchError, ScheduleError):
             return ""
         return json.dumps(plan_to_json(plan))

@@ -19,7 +19,6 @@ from megatron_rlhfuse.pipeline.devices import map_devices
 from megatron_rlhfuse.pipeline.executor import execute
 from megatron_rlhfuse.pipeline.links import Transfers, build_links, measure_transfer
 from megatron_rlhfuse.pipeline.memory import ActivationMeter
-from megatron_rlhfuse.pipeline.plan_file import read_plan
 from megatron_rlhfuse.pipeline.profile import step_costs
 from megatron_rlhfuse.pipeline.rank_layouts import all_gather_rows, gather_layouts
 from megatron_rlhfuse.pipeline.stage import Stage, StepInput
@@ -161,14 +160,6 @@ class FusedPipeline:
                 costs = step_costs(spans, len(self.stages), activations)
             plan.after_step(costs)
         return [stage.collected for stage in self.stages]
-
-    def check_plan_file(self, micro_batches: Sequence[int]) -> None:
-        """Reads the file of `options.plan`, if there is one, before the first step. COLLECTIVE.
-
-        Raises PlanMismatchError, ScheduleError or OSError, on every rank.
-        """
-        if self.options.plan is not None:
-            read_plan(self.options.plan, self.devices, micro_batches)
 
     def close(self) -> None:
         """Ends a search for a plan that is still going on."""

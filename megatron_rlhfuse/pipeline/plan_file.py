@@ -25,13 +25,21 @@ def read_plan(path: Path | str, devices: DeviceMap, micro_batches: Sequence[int]
     """
     text = from_rank_0(lambda: json.dumps(plan_to_json(load_plan(path))))
     timeline = parse_plan(json.loads(text)).timeline
-    check_plan(timeline.problem, devices, micro_batches)
-    prove(lower(timeline.problem, timeline.order))
+    check_plan(timeline, devices, micro_batches)
     return timeline
 
 
-def check_plan(problem: Problem, devices: DeviceMap, micro_batches: Sequence[int]) -> None:
-    """Raises PlanMismatchError unless a plan of `problem` was made for this job's pipelines."""
+def check_plan(timeline: Timeline, devices: DeviceMap, micro_batches: Sequence[int]) -> None:
+    """Raises PlanMismatchError unless a plan was made for this job's pipelines.
+
+    Raises ScheduleError for a plan that cannot be run by them.
+    """
+    check_problem(timeline.problem, devices, micro_batches)
+    prove(lower(timeline.problem, timeline.order))
+
+
+def check_problem(problem: Problem, devices: DeviceMap, micro_batches: Sequence[int]) -> None:
+    """Raises PlanMismatchError unless a problem is that of this job's pipelines."""
     if problem.devices != devices.devices:
         raise PlanMismatchError(
             f"the plan is for {problem.devices} devices, this job has {devices.devices} in each "

@@ -81,7 +81,7 @@ class FusedTraining:
     def build(
         cls, args: argparse.Namespace, models: TrainedModels, tracer: Tracer
     ) -> FusedTraining:
-        """COLLECTIVE. Raises ScheduleError, PlanMismatchError or OSError for --rlhfuse-plan."""
+        """COLLECTIVE over all ranks."""
         actor, critic = models.actor, models.critic
         assert critic is not None, "without a critic there is nothing to fuse with"
         options = FusionOptions(
@@ -89,7 +89,6 @@ class FusedTraining:
             search_seconds=args.rlhfuse_plan_seconds,
             cache=_cache_folder(args.rlhfuse_plan_cache),
             memory_limit=_bytes(args.rlhfuse_activation_memory_gib),
-            receives_ahead=platform.receives_ahead(),
             timeout_s=args.rlhfuse_stage_timeout,
             record=args.rlhfuse_trace,
         )
@@ -99,11 +98,6 @@ class FusedTraining:
             (actor.groups.pgc, critic.groups.pgc),
             options,
         )
-        counts = [
-            args.global_batch_size // (model.args.micro_batch_size * model.replicas)
-            for model in (actor, critic)
-        ]
-        pipeline.check_plan_file(counts)
         return cls(models, pipeline, tracer)
 
     def step(self, actor: ModelStep, critic: ModelStep) -> tuple[StepResult, StepResult]:

@@ -19,7 +19,7 @@ from megatron_rlhfuse.pipeline.devices import DeviceMap, map_devices, opposite_l
 from megatron_rlhfuse.pipeline.errors import PlanMismatchError
 from megatron_rlhfuse.pipeline.groups import Layout
 from megatron_rlhfuse.pipeline.plan_cache import PlanCache
-from megatron_rlhfuse.pipeline.plan_file import check_plan
+from megatron_rlhfuse.pipeline.plan_file import check_problem
 from megatron_rlhfuse.pipeline.profile import Costs, StageCost, unmeasured_problem
 from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.errors import OrderError, ProblemError
@@ -393,7 +393,7 @@ def _two_replicas() -> DeviceMap:
 
 def test_a_plan_of_this_layout_is_accepted() -> None:
     for devices in (DEVICES, _same_way(), _two_replicas()):
-        check_plan(problem_of(devices), devices, COUNTS)
+        check_problem(problem_of(devices), devices, COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -425,5 +425,5 @@ def test_a_plan_of_this_layout_is_accepted() -> None:
 )
 def test_a_plan_of_another_job_is_refused(problem: Problem, devices: DeviceMap, said: str) -> None:
     with pytest.raises(PlanMismatchError) as caught:
-        check_plan(problem, devices, COUNTS)
+        check_problem(problem, devices, COUNTS)
     assert said in str(caught.value)

@@ -17,6 +17,11 @@ from typing import Any
 
 import pytest
 
+from megatron_rlhfuse.schedule.baselines import one_f_one_b
+from megatron_rlhfuse.schedule.evaluate import evaluate
+from megatron_rlhfuse.schedule.plan import make_plan, plan_to_json
+from megatron_rlhfuse.schedule.problem import parse_problem
+
 ROOT = Path(__file__).resolve().parents[2]
 Parse = Callable[..., argparse.Namespace]
 
@@ -375,7 +380,7 @@ def test_refusal_of_layouts(parse: Parse, world: int, flags: str, fault: str, re
             4,
             "--rlhfuse-fusion intra --tensor-model-parallel-size 2 "
             "--pipeline-model-parallel-size 2 --critic-tensor-model-parallel-size 1 "
-            "--rlhfuse-plan-seconds 0 --rlhfuse-plan p.json --rlhfuse-activation-memory-gib .5",
+            "--rlhfuse-plan-seconds 0 --rlhfuse-activation-memory-gib .5",
         ),
         (1, "--critic-model {}/actor"),  # a critic may start from a language model
         (1, "--reference-model {}/actor --ppo-kl-target 1 --ppo-kl-horizon 100"),
@@ -542,3 +547,54 @@ def test_a_folder_with_checkpoints_is_not_written_over(parse: Parse, folders: Pa
 def test_one_rank_of_a_node_speaks() -> None:
     ended = run_program("--rollout-top-p", "2", rank="1")
     assert ended.returncode == 2 and ended.stderr == ""
+
+
+def write_plan(path: Path, stages: int = 2, micro_batches: int = 4) -> dict[str, Any]:
+    """Writes a plan of two models in opposite directions; returns what it wrote."""
+    pipeline = list(range(stages))
+    costs = {"micro_batches": micro_batches, "forward": 1, "backward": 2, "activation": 1}
+    models = [{**costs, "pipelines": [pipeline]}, {**costs, "pipelines": [pipeline[::-1]]}]
+    problem = parse_problem({"devices": stages, "models": models})
+    timeline = evaluate(problem, one_f_one_b(problem))
+    plan = plan_to_json(make_plan(timeline, greedy=timeline.makespan, seconds=0.0))
+    path.write_text(json.dumps(plan))
+    return plan
+
+
+FUSED_WITH_PLAN = (
+    "--rlhfuse-fusion intra --pipeline-model-parallel-size 2 "
+    "--critic-pipeline-model-parallel-size 2 --rlhfuse-plan {}/plan.json"
+)
+
+
+def test_a_plan_for_the_job_is_accepted(parse: Parse, folders: Path) -> None:
+    write_plan(folders / "plan.json")
+    assert parse(FUSED_WITH_PLAN, 2).rlhfuse_plan == f"{folders}/plan.json"
+
+
+def test_refusal_of_plans(parse: Parse, folders: Path) -> None:
+    path = folders / "plan.json"
+    assert "No such file" in refusal(parse, FUSED_WITH_PLAN, 2)
+    write_plan(path, stages=4)
+    assert "the plan is for 4 devices, this job has 2" in refusal(parse, FUSED_WITH_PLAN, 2)
+    write_plan(path, micro_batches=3)
+    assert "the plan has 3, actor runs 4 in a step" in refusal(parse, FUSED_WITH_PLAN, 2)
+    plan = write_plan(path)
+    row = plan["order"][0]
+    forward, backward = row.index("a0F0"), row.index("a0B0")
+    row[forward], row[backward] = row[backward], row[forward]
+    path.write_text(json.dumps(plan))
+    message = refusal(parse, FUSED_WITH_PLAN, 2)
+    assert message.startswith(f"--rlhfuse-plan {path}: ") and "a deadlock: a0B0" in message
+    path.write_text("{")
+    assert "not JSON" in refusal(parse, FUSED_WITH_PLAN, 2)
+
+
+def test_a_plan_need_not_be_on_other_ranks(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rlhfuse import validation
+
+    looked = []
+    monkeypatch.setattr(validation, "load_plan", looked.append)
+    args = argparse.Namespace(rlhfuse_plan="plan.json", rank=1)
+    validation._check_plan(args)
+    assert not looked
