@@ -12,7 +12,7 @@ TOY := build/toy
 TESTS := $(wildcard tests/unit tests/distributed tests/e2e tests/gpu)
 CSRC := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help install test lint format toy demo bench benchplan picture clean
+.PHONY: help install test lint format toy demo bench benchplan benchfused picture clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,6 +50,9 @@ bench: install toy ## seconds per stage of an iteration, as one JSON line (ARGS=
 
 benchplan: install ## plan the published instances, a JSON line each (ARGS="--seconds 5")
 	$(PY) benchmarks/plan.py $(ARGS)
+
+benchfused: install ## fused plans against what they took, as one JSON line (ARGS="--real")
+	$(PY) benchmarks/fused_pipeline.py $(or $(ARGS),--emulate)
 
 picture: install toy ## the README's pictures: a fused plan, a run's timeline
 	$(VENV)/bin/rlhfuse plan examples/problems/published-05.json --iterations 5000 \

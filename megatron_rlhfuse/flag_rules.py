@@ -161,6 +161,11 @@ def _check_fusion(args: argparse.Namespace) -> None:
                 f"{flag(name)} has no effect with --advantage-estimator "
                 f"{args.advantage_estimator}, which has no critic to fuse with: leave it out"
             )
+    if args.rlhfuse_plan is not None and args.rlhfuse_activation_memory_gib is not None:
+        raise FlagError(
+            "--rlhfuse-activation-memory-gib has no effect with --rlhfuse-plan, which is run as it "
+            "is: give the limit to `rlhfuse plan`"
+        )
     _need(args, "rlhfuse_plan_seconds", lambda value: 0 <= value < math.inf,
           "must be 0 (keep the first plan) or more seconds")  # fmt: skip
     _need(args, "rlhfuse_activation_memory_gib", lambda value: value > 0, "must be above 0")

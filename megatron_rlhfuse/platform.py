@@ -18,6 +18,7 @@ import os
 import re
 import types
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def synchronize() -> None:
     """Waits for this rank's GPU; on CPU everything is done already."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def wait_for(work: Any, timeout: timedelta) -> None:
+    """Waits for a transfer of torch.distributed; on a GPU only what is queued from now on waits.
+
+    With a time-out NCCL's work would hold up the host, for every hop.
+    """
+    if has_cuda():
+        work.wait()
+    else:
+        work.wait(timeout)
 
 
 def release_memory() -> None:

@@ -43,7 +43,7 @@ def reference() -> str:
             if action.choices:
                 flag += " " + ", ".join(f"`{choice}`" for choice in action.choices)
             default = "" if action.default in (None, []) else f"`{action.default}`"
-            parts.append(f"| {flag} | {default} | {action.help} |\n")
+            parts.append(f"| {flag} | {default} | {(action.help or '').replace('%%', '%')} |\n")
     return "".join(parts)
 
 

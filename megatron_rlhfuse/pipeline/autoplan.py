@@ -9,7 +9,7 @@
 
 Where a plan is not shorter than back-to-back 1F1B, that is run instead, if it fits the memory; also
 where no plan fits it. The first step, whose memory nobody knows yet, runs it in any case.
-A plan that was given, or is found on disk, is run from the first step.
+A plan that was given is run from the first step, one that is found on disk from the second.
 
 Every rank goes through the same states in the same steps: all that a decision depends on was
 gathered or broadcast before. Which plan runs never changes what is computed.
@@ -18,6 +18,7 @@ gathered or broadcast before. Which plan runs never changes what is computed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.errors import InfeasibleError, ScheduleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
 from megatron_rlhfuse.schedule.lowering import forward_only, lower
-from megatron_rlhfuse.schedule.order import parse_order
+from megatron_rlhfuse.schedule.order import Order, parse_order
 from megatron_rlhfuse.schedule.plan import make_plan, parse_plan, plan_to_json
 from megatron_rlhfuse.schedule.problem import Problem
 from megatron_rlhfuse.schedule.program import Program
@@ -110,7 +111,7 @@ class AutoPlan:
         }
         self._measure_transfer = measure_transfer
         self._transfer = 0.0
-        self._limit = options.memory_limit
+        self._least_free = math.inf
         self._steps: list[Costs] = []
         self._search: BackgroundSearch | None = None
         self._programs: dict[bool, list[Program]] = {}
@@ -120,7 +121,10 @@ class AutoPlan:
         """1f1b, greedy, search, cache or file."""
         self.is_measured = False
         """Whether the times of `timeline` are measured ones."""
-        self._begun = False
+        self._begun = self._settled = False
+        self._cached_order: Order | None = None
+        self._planned_with = 0
+        """How many measured steps the plan knows of."""
 
     @property
     def profiling(self) -> bool:
@@ -144,7 +148,7 @@ class AutoPlan:
         return self._programs[forward][device]
 
     def before_step(self) -> None:
-        """Takes up a plan that has become ready. COLLECTIVE over the job.
+        """Takes up a plan that has become ready, or makes one of what was measured. COLLECTIVE.
 
         Raises PlanMismatchError or ScheduleError, on every rank, for a plan that cannot be run.
         """
@@ -153,22 +157,36 @@ class AutoPlan:
             self._begun = True
         elif self._search is not None:
             self._take_up_search()
+        elif not self._settled and len(self._steps) > self._planned_with:
+            self._plan()
 
     def after_step(self, costs: Costs | None) -> None:
-        """Takes down what a step has cost on this rank, if it was timed. COLLECTIVE then."""
-        if costs is None or not self.profiling:
-            return
-        self._steps.append(costs)
-        if len(self._steps) == 1:
+        """Takes down what a step has cost on this rank, if it was timed."""
+        if costs is not None and self.profiling:
+            self._steps.append(costs)
+
+    def close(self) -> None:
+        """Ends a search that is still going on."""
+        if self._search is not None:
+            self._search.stop()
+
+    def _plan(self) -> None:
+        """Makes a plan where enough was measured. COLLECTIVE.
+
+        Before a step, not after one: the optimizers have their states by then, and what memory is
+        free will stay free.
+        """
+        measured = self._planned_with = len(self._steps)
+        if measured == 1:
             self._transfer = self._measure_transfer()
             problem = self._gather(self._steps)
             if self.source == "file":
                 self._settle(evaluate(problem, self.timeline.order), "file", measured=True)
-            else:
+            elif not self._take_up_cached(problem):
                 self._adopt(*_greedy(problem), measured=True)
                 self._settled = self._options.profile_steps == 0
         # The first step made buffers and warmed caches: what the others say is truer.
-        elif len(self._steps) == 1 + self._options.profile_steps:
+        elif measured == 1 + self._options.profile_steps:
             problem = self._gather(self._steps[1:])
             self._adopt(*_greedy(problem), measured=True)
             if self._options.search_seconds > 0:
@@ -178,12 +196,15 @@ class AutoPlan:
             else:
                 self._settled = True
 
-    def close(self) -> None:
-        """Ends a search that is still going on."""
-        if self._search is not None:
-            self._search.stop()
-
-    _settled = False
+    def _take_up_cached(self, problem: Problem) -> bool:
+        """Settles for the plan of an earlier run, if there is one and it fits what is free now."""
+        if self._cached_order is None:
+            return False
+        timeline, source = _or_1f1b(evaluate(problem, self._cached_order), "cache")
+        if timeline.over_limit() is not None:
+            return False
+        self._settle(timeline, source, measured=True)
+        return True
 
     def _begin(self) -> None:
         if self._options.plan is not None:
@@ -193,9 +214,7 @@ class AutoPlan:
             return
         text = from_rank_0(self._cached)
         if text:
-            plan = parse_plan(json.loads(text))
-            self._settle(plan.timeline, "cache", measured=True)
-            return
+            self._cached_order = parse_plan(json.loads(text)).timeline.order
         problem = unmeasured_problem(self._devices, self._micro_batches)
         self._adopt(evaluate(problem, one_f_one_b(problem)), "1f1b", measured=False)
 
@@ -215,10 +234,11 @@ class AutoPlan:
         return make_problem(self._devices, self._micro_batches, costs, transfer, limit)
 
     def _memory_limit(self) -> float:
-        """COLLECTIVE in the first call."""
-        if self._limit is None:
-            self._limit = MEMORY_SHARE * least_free_memory()
-        return self._limit
+        """What was given, else a share of the least that was ever free. COLLECTIVE."""
+        if self._options.memory_limit is not None:
+            return self._options.memory_limit
+        self._least_free = min(self._least_free, least_free_memory())
+        return MEMORY_SHARE * self._least_free
 
     def _take_up_search(self) -> None:
         assert self._search is not None

@@ -149,8 +149,9 @@ def _failure(
     position: int, instruction: Instruction, stage: Stage, transfers: Transfers, reason: str
 ) -> PipelineError:
     links, kind = transfers.links, instruction.kind
-    peer = None
+    channel = None
     if instruction.op not in (Op.FORWARD, Op.BACKWARD):
         sends = instruction.op in (Op.SEND, Op.RELEASE)
-        peer = links.target(kind) if sends else links.source(kind)
+        channel = links.targets[kind] if sends else links.sources[kind]
+    peer = channel.peer if channel is not None else None
     return PipelineError(dist.get_rank(), position, _describe(instruction, stage), peer, reason)

@@ -16,16 +16,21 @@ from megatron_rlhfuse import platform
 from megatron_rlhfuse.pipeline.autoplan import AutoPlan, PlanOptions
 from megatron_rlhfuse.pipeline.clock import Span, make_clock
 from megatron_rlhfuse.pipeline.devices import map_devices
+from megatron_rlhfuse.pipeline.errors import PipelineError
 from megatron_rlhfuse.pipeline.executor import execute
 from megatron_rlhfuse.pipeline.links import Transfers, build_links, measure_transfer
 from megatron_rlhfuse.pipeline.memory import ActivationMeter
 from megatron_rlhfuse.pipeline.profile import step_costs
-from megatron_rlhfuse.pipeline.rank_layouts import all_gather_rows, gather_layouts
+from megatron_rlhfuse.pipeline.rank_layouts import gather_layouts, gather_rows
 from megatron_rlhfuse.pipeline.stage import Stage, StepInput
 from megatron_rlhfuse.schedule.evaluate import Timeline
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+GRACE = timedelta(seconds=60)
+"""What NCCL's watchdog leaves the pipeline to say by itself who stands still."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,12 @@ class FusedPipeline:
         ]
         _, self._device = self.devices.locate(dist.get_rank())
         self._links = [
-            build_links(layout, groups.pp, name, None)
-            for name, layout, groups in zip(names, layouts, present, strict=True)
+            build_links(layout, name, self._timeout + GRACE)
+            for name, layout in zip(names, layouts, strict=True)
         ]
+        self._control = dist.new_group(
+            backend="gloo", timeout=self._timeout, group_desc="fused pipeline"
+        )
         self._plans: dict[tuple[int, ...], AutoPlan] = {}
         self._broken = False
         self.last_step: StepReport | None = None
@@ -117,10 +125,7 @@ class FusedPipeline:
         reported per micro-batch; empty before the last stage. After an error in a step it refuses
         to run again: messages of that step may still be under way, and would be taken for others.
         """
-        if self._broken:
-            raise RuntimeError(
-                "a step of this fused pipeline failed: end the job and go on from a checkpoint"
-            )
+        self._agree(steps, forward_only)
         plan = self._plan(steps)
         plan.before_step()
         program = plan.program(self._device, forward_only)
@@ -173,54 +178,61 @@ class FusedPipeline:
         """The plan for these numbers of micro-batches; a new one in the first step with them."""
         counts = tuple(step.micro_batches for step in steps)
         if counts not in self._plans:
-            if 0 in counts:
-                raise ValueError(f"num_microbatches {list(counts)}: every model needs at least one")
-            self._check_agreement(steps)
+            sizes = [
+                max(shape.numel() for shape in stage.message_shapes(step))
+                for stage, step in zip(self.stages, steps, strict=True)
+            ]
             self._plans[counts] = AutoPlan(
                 self.devices,
                 counts,
                 self.options,
                 self._key(steps),
-                lambda: self._measure_transfer(steps),
+                lambda: self._measure_transfer(sizes),
             )
         return self._plans[counts]
 
-    def _check_agreement(self, steps: Sequence[StepInput]) -> None:
-        """COLLECTIVE. Raises ValueError, on every rank, where ranks expect different messages.
+    def _agree(self, steps: Sequence[StepInput], forward_only: bool) -> None:
+        """COLLECTIVE, at the head of a step. Raises, on every rank, where they want different ones.
 
-        A transport would put a shorter message into a longer buffer without a word. Checked in the
-        first step with these numbers of micro-batches.
+        A transport would put a shorter message into a longer buffer without a word. Runs on the
+        host, so that a GPU is not waited for.
         """
-        row = []
-        for step in steps:
-            lengths = repr((step.sequence_lengths, step.batch_sizes)).encode()
-            row += [step.micro_batches, zlib.crc32(lengths)]
-        table = all_gather_rows(torch.tensor(row, dtype=torch.int64)).tolist()
+        row = [int(self._broken), int(forward_only)]
+        for stage, step in zip(self.stages, steps, strict=True):
+            lengths = repr((step.sequence_lengths, step.batch_sizes, stage.config.pipeline_dtype))
+            row += [step.micro_batches, zlib.crc32(lengths.encode())]
+        try:
+            table = gather_rows(row, self._control)
+        except RuntimeError as error:
+            reason = f"not all ranks came to it: {error}"
+            raise PipelineError(dist.get_rank(), 0, "head of the step", None, reason) from error
+        if any(row[0] for row in table):
+            raise RuntimeError(
+                "a step of this fused pipeline failed: end the job and go on from a checkpoint"
+            )
+        if len({row[1] for row in table}) > 1:
+            raise ValueError("forward_only: some ranks say True, others False")
         for m, (name, layout) in enumerate(
             zip(self.devices.names, self.devices.layouts, strict=True)
         ):
-            counts = {row[2 * m] for row in table}
-            if len(counts) > 1:
+            counts = sorted({int(row[2 + 2 * m]) for row in table})
+            if len(counts) > 1 or counts[0] < 1:
                 raise ValueError(
-                    f"num_microbatches of {name}: ranks have {sorted(counts)}; all need the same"
+                    f"num_microbatches of {name}: ranks have {counts}; all need the same, from 1"
                 )
             for replica in layout.ranks:
                 ranks = [rank for stage in replica for rank in stage]
-                if len({table[rank][2 * m + 1] for rank in ranks}) > 1:
+                if len({table[rank][3 + 2 * m] for rank in ranks}) > 1:
                     raise ValueError(
-                        f"seq_length or micro_batch_size of {name}: ranks {ranks}, one replica, "
-                        "have different ones; all of its ranks need those of its data"
+                        f"seq_length, micro_batch_size or pipeline_dtype of {name}: ranks {ranks}, "
+                        "one replica, have different ones; all need those of its data"
                     )
 
-    def _measure_transfer(self, steps: Sequence[StepInput]) -> float:
-        """Seconds of the slowest hop of this rank with messages of these steps. COLLECTIVE."""
+    def _measure_transfer(self, sizes: Sequence[int]) -> float:
+        """Seconds of the slowest hop of this rank; sizes: elements, by model. COLLECTIVE."""
         return max(
-            measure_transfer(
-                links,
-                max(shape.numel() for shape in stage.message_shapes(step)),
-                stage.config.pipeline_dtype or torch.float32,
-            )
-            for links, stage, step in zip(self._links, self.stages, steps, strict=True)
+            measure_transfer(links, size, stage.config.pipeline_dtype or torch.float32)
+            for links, stage, size in zip(self._links, self.stages, sizes, strict=True)
         )
 
     def _key(self, steps: Sequence[StepInput]) -> dict[str, Any]:
@@ -247,6 +259,9 @@ _SHAPE_FIELDS = (
     "num_attention_heads",
     "num_query_groups",
     "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "sequence_parallel",
 )
 
 

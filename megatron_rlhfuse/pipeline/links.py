@@ -1,8 +1,8 @@
 """Point-to-point transfers of one model's pipeline, for the executor.
 
-Opposite directions must not block each other, so a model has two channels: its pipeline's own
-group carries activations to the next stage, a second group gradients to the previous one. A
-channel between two stages then has one direction and one sequence, which is what NCCL goes by.
+A channel between two stages has one direction, one sequence and a group of its own, of these two
+ranks. In a larger group, or one for both directions, NCCL may put a receive that waits for one peer
+before a send to another; two pipelines in opposite directions would then wait for each other.
 
 Shapes are known beforehand: a hop exchanges nothing but the tensor.
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,61 +30,63 @@ ROUND_TRIPS = 5
 
 
 @dataclass(frozen=True)
-class Links:
-    """The neighbours of this rank in a pipeline, and the channels to them.
+class Channel:
+    """One direction between this rank and a neighbour.
 
-    previous, next: global ranks, None at the ends
+    peer: global rank of the neighbour
+    position: its rank in `group`
     """
 
-    activations: dist.ProcessGroup
-    gradients: dist.ProcessGroup
-    previous: int | None
-    next: int | None
-
-    def source(self, kind: str) -> int | None:
-        """Who sends messages of a kind, F or B, to this rank."""
-        return self.previous if kind == "F" else self.next
-
-    def target(self, kind: str) -> int | None:
-        """Who gets messages of a kind from this rank."""
-        return self.next if kind == "F" else self.previous
-
-    def group(self, kind: str) -> dist.ProcessGroup:
-        return self.activations if kind == "F" else self.gradients
+    group: dist.ProcessGroup
+    peer: int
+    position: int
 
 
-def build_links(
-    layout: Layout, pipeline_group: dist.ProcessGroup, name: str, timeout: timedelta | None
-) -> Links:
+@dataclass(frozen=True)
+class Links:
+    """The channels of this rank in a pipeline, by kind of message: F activations, B gradients.
+
+    sources: where messages come from; targets: where they go; None at the pipeline's ends
+    """
+
+    sources: Mapping[str, Channel | None]
+    targets: Mapping[str, Channel | None]
+
+
+def build_links(layout: Layout, name: str, timeout: timedelta) -> Links:
     """The links of one model on this rank, connected. COLLECTIVE over all ranks of the job.
 
-    pipeline_group: Megatron's, of this rank; it becomes the channel of activations
+    timeout: of the groups; where the host does not wait for transfers, NCCL's own watchdog ends
+        the process after it
     """
     rank = dist.get_rank()
-    found: Links | None = None
+    ends: dict[str, dict[str, Channel | None]] = {
+        "sources": {"F": None, "B": None},
+        "targets": {"F": None, "B": None},
+    }
     for replica in layout.ranks:
         for part in range(layout.tp):
-            pipeline = [stage[part] for stage in replica]
-            gradients = dist.new_group(
-                pipeline,
-                timeout=timeout,
-                backend=platform.backend(),
-                group_desc=f"{name}.gradients",
-                sort_ranks=False,
-            )
-            if rank in pipeline:
-                stage = pipeline.index(rank)
-                found = Links(
-                    pipeline_group,
-                    gradients,
-                    pipeline[stage - 1] if stage else None,
-                    pipeline[stage + 1] if stage + 1 < len(pipeline) else None,
-                )
-    assert found is not None, f"rank {rank} has no part of {name}"
+            for earlier, later in pairwise(stage[part] for stage in replica):
+                for kind, (sender, receiver) in (
+                    ("F", (earlier, later)),
+                    ("B", (later, earlier)),
+                ):
+                    group = dist.new_group(
+                        [sender, receiver],
+                        timeout=timeout,
+                        backend=platform.backend(),
+                        group_desc=f"{name}.{kind}",
+                        sort_ranks=False,
+                    )
+                    if rank == sender:
+                        ends["targets"][kind] = Channel(group, receiver, 1)
+                    elif rank == receiver:
+                        ends["sources"][kind] = Channel(group, sender, 0)
+    links = Links(ends["sources"], ends["targets"])
     # NCCL makes a pair's connection in its first message, and even a receive that is only posted
     # then holds the host up until the peer comes: in the middle of a schedule, a deadlock.
-    measure_transfer(found, 1, torch.float32)
-    return found
+    measure_transfer(links, 1, torch.float32)
+    return links
 
 
 def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
@@ -93,18 +97,21 @@ def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
     message = torch.zeros(elements, dtype=dtype, device=platform.device())
     seconds = 0.0
     # Edges in ascending order on every rank: the pipeline is gone through from its first stage.
-    for peer, leads in ((links.previous, False), (links.next, True)):
-        if peer is None:
+    edges = (
+        (links.sources["F"], links.targets["B"], False),
+        (links.sources["B"], links.targets["F"], True),
+    )
+    for source, target, leads in edges:
+        if source is None or target is None:
             continue
         trips = []
         for _ in range(ROUND_TRIPS):
             began = time.perf_counter()
             if leads:
-                dist.send(message, peer, group=links.activations)
-                dist.recv(message, peer, group=links.gradients)
-            else:
-                dist.recv(message, peer, group=links.activations)
-                dist.send(message, peer, group=links.gradients)
+                target.group.send([message], target.position, 0).wait()
+            source.group.recv([message], source.position, 0).wait()
+            if not leads:
+                target.group.send([message], target.position, 0).wait()
             platform.synchronize()
             trips.append((time.perf_counter() - began) / 2)
         if leads:  # the other end's clock also waits for this one to begin
@@ -137,34 +144,26 @@ class Transfers:
             device=platform.device(),
             requires_grad=self.differentiable and kind == "F",
         )
-        work = dist.irecv(
-            buffer.detach(),
-            src=self.links.source(kind),
-            group=self.links.group(kind),
-            tag=micro_batch,
-        )
+        channel = self.links.sources[kind]
+        assert channel is not None
+        work = channel.group.recv([buffer.detach()], channel.position, micro_batch)
         self._coming[kind, micro_batch] = (buffer, work)
 
     def wait(self, kind: str, micro_batch: int, timeout: timedelta) -> Tensor:
         """The message, once it is here (on a GPU: for what is queued from now on)."""
         buffer, work = self._coming.pop((kind, micro_batch))
-        _wait(work, timeout)
+        platform.wait_for(work, timeout)
         return buffer
 
     def send(self, kind: str, micro_batch: int, tensor: Tensor) -> None:
         """Begins to send; holds the tensor until `release`."""
         message = tensor.detach().contiguous()
-        work = dist.isend(
-            message, dst=self.links.target(kind), group=self.links.group(kind), tag=micro_batch
-        )
+        channel = self.links.targets[kind]
+        assert channel is not None
+        work = channel.group.send([message], channel.position, micro_batch)
         self._going[kind].append((message, work))
 
     def release(self, kind: str, timeout: timedelta) -> None:
         """Waits for the oldest send of a kind, and lets its tensor go."""
         _, work = self._going[kind].popleft()
-        _wait(work, timeout)
-
-
-def _wait(work: Any, timeout: timedelta) -> None:
-    # NCCL's wait only orders streams; a hang of the GPU shows at the step's end.
-    work.wait(timeout)
+        platform.wait_for(work, timeout)

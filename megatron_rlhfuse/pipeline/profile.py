@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.pipeline.clock import Span
 from megatron_rlhfuse.pipeline.devices import DeviceMap
-from megatron_rlhfuse.pipeline.rank_layouts import all_gather_rows
+from megatron_rlhfuse.pipeline.rank_layouts import gather_rows
 from megatron_rlhfuse.schedule.problem import Model, Problem
 from megatron_rlhfuse.schedule.program import Op
 
@@ -112,7 +112,7 @@ def gather_costs(
     row = [transfer]
     for cost in mine:
         row += [cost.forward, cost.backward, cost.activation]
-    table = all_gather_rows(torch.tensor(row, dtype=torch.float64)).tolist()
+    table = gather_rows(row)
     costs = []
     for m, layout in enumerate(devices.layouts):
         stages = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ def opposite_process_groups(
     tensor: int | None = None,
     pipeline: int | None = None,
     name: str = "second",
+    timeout: timedelta | None = None,
 ) -> ProcessGroupCollection:
     """Groups for a second model whose pipelines run opposite to a first one's, on the same ranks.
 
@@ -34,14 +36,18 @@ def opposite_process_groups(
             `initialize_model_parallel`
         tensor, pipeline: sizes of the second model; by default the first one's
         name: of the second model, for messages
+        timeout: of the groups' collectives; None takes torch's default
 
     Raises LayoutError where the sizes do not fit the first model's.
     """
     (layout,) = gather_layouts(["first"], [process_groups])
     opposite = opposite_layout(
-        layout, tensor or layout.tp, pipeline or layout.pp, names=("first", name)
+        layout,
+        layout.tp if tensor is None else tensor,
+        layout.pp if pipeline is None else pipeline,
+        names=("first", name),
     )
-    groups = build_process_groups(opposite, name)
+    groups = build_process_groups(opposite, name, timeout)
     assert groups is not None  # every rank is in the first layout
     return groups.pgc
 
@@ -55,24 +61,30 @@ def gather_layouts(
     Raises LayoutError, on every rank, where a model does not have a part on every rank.
     """
     row = []
-    for groups in process_groups:
+    for m, groups in enumerate(process_groups):
         if groups is None or getattr(groups, "pp", None) is None:
             row += [-1] * 4
             continue
+        if groups.cp.size() > 1:
+            raise LayoutError(f"{names[m]}: context parallelism must be 1 in a fused pipeline")
         pipeline = dist.get_process_group_ranks(groups.pp)
         row += [groups.dp.rank(), groups.pp.rank(), groups.tp.rank(), pipeline[0]]
-    table = all_gather_rows(torch.tensor(row, dtype=torch.int64)).tolist()
+    table = [[int(value) for value in row] for row in gather_rows(row)]
     return [
         _layout(name, [row[4 * m : 4 * m + 4] for row in table]) for m, name in enumerate(names)
     ]
 
 
-def all_gather_rows(row: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks, [ranks, columns], on the host. COLLECTIVE over the job."""
-    sent = row.to(platform.device())
+def gather_rows(row: Sequence[float], group: dist.ProcessGroup | None = None) -> list[list[float]]:
+    """The rows of all ranks, [ranks][columns]. COLLECTIVE over the job.
+
+    group: of all ranks, on the host; by default the job's own, on the device
+    """
+    device = platform.device() if group is None else torch.device("cpu")
+    sent = torch.tensor(row, dtype=torch.float64, device=device)
     rows = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, sent)
-    return torch.stack(rows).cpu()
+    dist.all_gather(rows, sent, group=group)
+    return torch.stack(rows).tolist()
 
 
 def _layout(name: str, places: Sequence[Sequence[int]]) -> Layout:

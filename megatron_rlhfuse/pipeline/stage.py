@@ -116,8 +116,15 @@ class Stage:
                 current_microbatch=micro_batch,
                 is_last_stage=self.is_last,
             )
-            if meter is not None:
+            # On a GPU the first forward also brings what libraries allocate once.
+            counts = micro_batch or step.micro_batches == 1 or not platform.has_cuda()
+            if meter is not None and counts:
                 self.activation = max(self.activation, meter.held - held)
+        if not self.is_last and output.dtype != self.config.pipeline_dtype:
+            raise ValueError(
+                f"{self.name}: stage {self.number} made an output of {output.dtype}, the config's "
+                f"pipeline_dtype is {self.config.pipeline_dtype}"
+            )
         if not self.is_last and output.shape != self._shapes[micro_batch]:
             raise ValueError(
                 f"{self.name}, micro-batch {micro_batch}: stage {self.number} made an output of "
@@ -192,10 +199,12 @@ def _check_config(name: str, config: Any, process_groups: ProcessGroupCollection
     refused = {
         "num_moe_experts": "mixture of experts",
         "mtp_num_layers": "multi-token prediction",
-        "num_microbatches_with_partial_activation_checkpoints": "recomputing some micro-batches",
         "virtual_pipeline_model_parallel_size": "interleaved stages",
         "fine_grained_activation_offloading": "offloading activations",
         "defer_embedding_wgrad_compute": "deferred embedding gradients",
+        "experimental_attention_variant": "an experimental attention",
+        "experimental_attention_variant_loss_scale_func": "an experimental attention",
+        "fp8": "fp8, whose scaling factors are reduced in the middle of a step,",
     }
     for field, what in refused.items():
         if getattr(config, field, None):
@@ -203,6 +212,14 @@ def _check_config(name: str, config: Any, process_groups: ProcessGroupCollection
                 f"{name}: {what} ({field} = {getattr(config, field)}) cannot be trained in a fused "
                 "pipeline yet; train this model by Megatron's own schedule"
             )
+    if config.num_microbatches_with_partial_activation_checkpoints is not None:
+        raise ValueError(
+            f"{name}: recomputing only some micro-batches "
+            "(num_microbatches_with_partial_activation_checkpoints) cannot be done in a fused "
+            "pipeline: recompute all or none"
+        )
+    if config.pipeline_dtype is None and process_groups.pp.size() > 1:
+        raise ValueError(f"{name}: pipeline_dtype is not set: the dtype of what stages send")
     if getattr(config, "cuda_graph_impl", "none") != "none":
         raise ValueError(f"{name}: CUDA graphs (cuda_graph_impl) must be off in a fused pipeline")
     if process_groups.cp.size() > 1:

@@ -52,17 +52,21 @@ class FusionTimes:
     """The fused steps of an iteration on this rank: seconds, summed up over those timed.
 
     timed: steps that were timed: all of them with a trace, else what planning needed
-    planned: makespans of the plans that ran, NaN before stage times were measured
     measured: from the steps' starts to the last forward or backward of this rank
     busy: in forwards and backwards
+    planned_steps: those of them that ran a plan of measured stage times
+    planned: makespans of these plans
+    measured_against: what `measured` has of these steps
     """
 
     steps: int
     plan: str
     timed: int
-    planned: float
     measured: float
     busy: float
+    planned_steps: int
+    planned: float
+    measured_against: float
 
 
 @dataclass
@@ -124,15 +128,16 @@ class FusedTraining:
         if not reports:
             return None
         timed = [report for report in reports if report.spans]
+        planned = [report for report in timed if report.is_measured]
         return FusionTimes(
             steps=len(reports),
             plan=reports[-1].source,
             timed=len(timed),
-            planned=math.fsum(
-                report.timeline.makespan if report.is_measured else math.nan for report in timed
-            ),
             measured=math.fsum(report.makespan for report in timed),
             busy=math.fsum(report.busy for report in timed),
+            planned_steps=len(planned),
+            planned=math.fsum(report.timeline.makespan for report in planned),
+            measured_against=math.fsum(report.makespan for report in planned),
         )
 
     def write_plan(self, path: Path) -> None:
@@ -209,7 +214,7 @@ def reduce_times(times: FusionTimes | None) -> dict[str, float | str]:
     Times are left out where no step was timed, that of the plan where it was not known.
     """
     mine = torch.tensor(
-        [times.measured, times.busy] if times is not None else [0.0, 0.0],
+        [times.measured, times.measured_against, times.busy] if times is not None else [0.0] * 3,
         dtype=torch.float64,
         device=platform.device(),
     )
@@ -223,10 +228,10 @@ def reduce_times(times: FusionTimes | None) -> dict[str, float | str]:
         return values
     measured = float(longest[0])
     values["makespan_s"] = measured / times.timed
-    values["bubble_fraction"] = 1 - float(total[1]) / (measured * dist.get_world_size())
-    if not math.isnan(times.planned):
-        values["planned_makespan_s"] = times.planned / times.timed
-        values["makespan_over_planned"] = measured / times.planned
+    values["bubble_fraction"] = 1 - float(total[2]) / (measured * dist.get_world_size())
+    if times.planned_steps:
+        values["planned_makespan_s"] = times.planned / times.planned_steps
+        values["makespan_over_planned"] = float(longest[1]) / times.planned
     return values
 
 

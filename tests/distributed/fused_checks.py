@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import json
+import random
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,12 @@ from megatron_rlhfuse.models.hf_config import Head
 from megatron_rlhfuse.pipeline.devices import opposite_layout
 from megatron_rlhfuse.pipeline.fused import FusedPipeline, FusionOptions
 from megatron_rlhfuse.pipeline.groups import Layout
+from megatron_rlhfuse.pipeline.profile import unmeasured_problem
 from megatron_rlhfuse.pipeline.stage import StepInput
+from megatron_rlhfuse.schedule.evaluate import evaluate, predecessor
+from megatron_rlhfuse.schedule.order import Order, Subtask, subtasks_of
+from megatron_rlhfuse.schedule.plan import make_plan, plan_to_json
+from megatron_rlhfuse.schedule.problem import Problem
 from tests.distributed.model_helpers import (
     VOCABULARY,
     Built,
@@ -31,7 +38,7 @@ from tests.distributed.model_helpers import (
     seed_megatron,
 )
 
-STEPS = 7
+MOST_STEPS = 60
 RANKS = 4
 OPTIONS = FusionOptions(search_seconds=0.3, profile_steps=2, timeout_s=30, record=True)
 
@@ -39,7 +46,7 @@ Case = tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[str, Any]]
 
 # By name: (tensor, pipeline) of actor and critic, micro-batches of both, and what else is special.
 CASES: dict[str, Case] = {
-    "PP4, critic 2 x PP2": ((1, 4), (1, 2), (4, 3), {}),
+    "PP4, critic 2 x PP2": ((1, 4), (1, 2), (4, 3), {"any plan": True}),
     "PP4, critic 2 x PP2, tied": ((1, 4), (1, 2), (6, 4), {"actor": "qwen2"}),
     "PP4, critic PP4": ((1, 4), (1, 4), (5, 6), {}),
     "fewer micro-batches than stages": ((1, 4), (1, 4), (2, 1), {"actor": "qwen2"}),
@@ -57,6 +64,14 @@ CASES: dict[str, Case] = {
         {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
     ),
     "TP2 PP2, sequence parallelism": ((2, 2), (1, 2), (4, 5), {"sequence_parallel": True}),
+    "per-token loss": ((1, 2), (1, 2), (4, 3), {"per token": True, "actor": "qwen2"}),
+    "aligned reduction": (
+        (1, 4),
+        (1, 2),
+        (4, 3),
+        {"overlap_grad_reduce": True, "aligned": True, "actor": "qwen2"},
+    ),
+    "scaled gradients": ((1, 2), (1, 2), (3, 4), {"grad scale": 1024.0}),
     "bfloat16": ((1, 4), (1, 4), (4, 4), {"bf16": True}),
     "recomputed activations": ((1, 2), (1, 2), (4, 4), {"recompute": True}),
 }
@@ -100,7 +115,10 @@ def _compare(
     )
     assert models[0].built.model.config.sequence_parallel == bool(special.get("sequence_parallel"))
     found: dict[str, Any] = {"wrong": [], "sources": [], "smallest": float("inf")}
-    for step in range(STEPS):
+    # On until a plan was searched for, and run once more; a quick machine takes more steps for it.
+    for step in range(MOST_STEPS):
+        if found["sources"][-2:] == ["search", "search"]:
+            break
         batches = [m.batches(count, step) for m, count in zip(models, counts, strict=True)]
         expected = [m.stock(b) for m, b in zip(models, batches, strict=True)]
         for m in models:
@@ -115,7 +133,61 @@ def _compare(
         found["sources"].append(pipeline.last_step.source)
     found["forward"] = _compare_forward(models, pipeline, counts)
     pipeline.close()
+    if special.get("any plan"):
+        found["wrong"] += _compare_any_plan(root, models, pipeline, counts)
     return found
+
+
+def _compare_any_plan(
+    root: Path, models: Sequence[_Trained], pipeline: FusedPipeline, counts: Sequence[int]
+) -> list[str]:
+    """What differs under plans that nobody would choose: orders drawn at random."""
+    wrong = []
+    problem = unmeasured_problem(pipeline.devices, counts)
+    for seed in range(3):
+        timeline = evaluate(problem, _random_order(problem, seed))
+        plan = make_plan(timeline, greedy=timeline.makespan, seconds=0.0)
+        path = root / f"random-{seed}.json"
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps(plan_to_json(plan)))
+        given = FusedPipeline(
+            ("actor", "critic"),
+            [m.wrapped for m in models],
+            [m.built.groups.pgc for m in models],  # type: ignore[union-attr]
+            FusionOptions(plan=path, timeout_s=30),
+        )
+        batches = [m.batches(count, seed) for m, count in zip(models, counts, strict=True)]
+        expected = [m.stock(b) for m, b in zip(models, batches, strict=True)]
+        for m in models:
+            m.zero_grad()
+        losses = given.run([m.step_input(b) for m, b in zip(models, batches, strict=True)])
+        assert given.last_step is not None and given.last_step.source == "file"
+        for model, loss, (wanted, gradients) in zip(models, losses, expected, strict=True):
+            wrong += model.differences(loss, wanted, gradients)
+    return wrong
+
+
+def _random_order(problem: Problem, seed: int) -> Order:
+    """An order that can be executed: whatever is ready, at random; streams stay in sequence."""
+    draw = random.Random(seed)
+    streams: dict[tuple[int, int, str, int], list[tuple[int, Subtask]]] = {}
+    for m, model in enumerate(problem.models):
+        for k in range(len(model.pipelines)):
+            for device, subtask in subtasks_of(problem, m, k):
+                key = (m, k, subtask.kind, subtask.stage)
+                streams.setdefault(key, []).append((device, subtask))
+    order: Order = [[] for _ in range(problem.devices)]
+    done: set[Subtask] = set()
+    while any(streams.values()):
+        ready = [
+            stream
+            for stream in streams.values()
+            if stream and predecessor(problem, stream[0][1]) in done | {None}
+        ]
+        device, subtask = draw.choice(ready).pop(0)
+        order[device].append(subtask)
+        done.add(subtask)
+    return order
 
 
 def _compare_forward(
@@ -187,6 +259,10 @@ class _Trained:
         self.wrapped = wrap_for_training(self.built.model, self.built.args, config, groups)
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self.wrapped.no_sync if args.overlap_grad_reduce else None
+        config.grad_sync_func = self.wrapped.start_grad_sync if special.get("aligned") else None
+        config.calculate_per_token_loss = special.get("per token", False)
+        if "grad scale" in special:
+            config.grad_scale_func = lambda loss: loss * special["grad scale"]
         self.replica = groups.place.data
 
     def batches(self, count: int, step: int) -> list[Tensor]:
@@ -203,6 +279,13 @@ class _Trained:
         output = output.float()
         return (output * output.detach().sin()).mean() * (1 + tokens.float().mean() / VOCABULARY)
 
+    def reported(self, loss: Tensor, tokens: Tensor) -> Any:
+        """What a loss function returns to Megatron's schedules."""
+        metrics = {"loss": float(loss.detach())}
+        if self.wrapped.config.calculate_per_token_loss:
+            return loss, torch.tensor(tokens.numel(), dtype=torch.int), metrics
+        return loss, metrics
+
     def zero_grad(self) -> None:
         self.wrapped.zero_grad_buffer()
 
@@ -214,10 +297,10 @@ class _Trained:
         self.zero_grad()
         losses: list[float] = []
 
-        def loss(output: Tensor, tokens: Tensor) -> Tensor:
+        def loss(output: Tensor, tokens: Tensor) -> Any:
             value = self.loss(output, tokens)
             losses.append(float(value.detach()))
-            return value
+            return self.reported(value, tokens)
 
         self.built.run(batches, loss, model=self.wrapped)
         return losses, {name: grad.clone() for name, grad in self.gradients().items()}
@@ -231,8 +314,7 @@ class _Trained:
             def collect(output: Tensor, non_loss_data: bool = False) -> Any:
                 if non_loss_data:
                     return output.detach().clone()
-                loss = self.loss(output, tokens)
-                return loss, {"loss": float(loss.detach())}
+                return self.reported(self.loss(output, tokens), tokens)
 
             return output, collect
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -153,9 +154,32 @@ def check_refusals(folder: str) -> dict[str, dict[str, Any]]:
         found[name]["source"] = job.pipeline.last_step and job.pipeline.last_step.source
         found[name]["answer"] = ranks_that_answer()
     found["steps"] = _steps_of_different_counts(job)
+    for name, call in _disagreements(job).items():
+        found[name] = error_of(call) | {"answer": ranks_that_answer()}
+        found[name]["next"] = job.error()["type"]
     for name, call in _wrong_layouts(job).items():
         found[name] = error_of(call) | {"answer": ranks_that_answer()}
     return found
+
+
+def _disagreements(job: Job) -> dict[str, Callable[[], Any]]:
+    """Steps that the last rank wants otherwise than the others, after one that all agree on."""
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    job.pipeline = job.make_pipeline()
+    job.pipeline.run(job.steps())
+
+    def lengths() -> None:
+        steps = job.steps()
+        if odd:
+            steps[1] = dataclasses.replace(steps[1], sequence_lengths=(3,) * COUNTS[1])
+        job.pipeline.run(steps)
+
+    return {
+        "other counts": lambda: job.pipeline.run(job.steps(counts=(4, 4) if odd else COUNTS)),
+        "no micro-batch": lambda: job.pipeline.run(job.steps(counts=(4, 0) if odd else COUNTS)),
+        "lengths": lengths,
+        "forward only": lambda: job.pipeline.run(job.steps(), forward_only=odd),
+    }
 
 
 def _steps_of_different_counts(job: Job) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.distributed.job_helpers import changed, make_folders, parse_job
 from tests.distributed.model_helpers import seed_megatron
-from tests.distributed.training_checks import _experience, _in_layout, _Job
+from tests.distributed.training_checks import TrainingJob, in_layout, make_experience
 from tests.distributed.training_reference import FLAGS, Reference, Results
 
 # Actor's and critic's tensor and pipeline sizes on four ranks, and what else differs from FLAGS.
@@ -60,7 +60,7 @@ def check_checkpoints(folder: str) -> Results:
     return {
         name: {
             f"saved {'fused' if fused else 'unfused'}": _cross(
-                _in_layout(args, *layouts), experiences, f"{folder}/{number}-{fused}", fused
+                in_layout(args, *layouts), experiences, f"{folder}/{number}-{fused}", fused
             )
             for fused in (True, False)
         }
@@ -77,10 +77,10 @@ def _prepare(folder: str, actor: str) -> tuple[Namespace, list[Any]]:
     args = parse_job(root, *FLAGS.split(), *fusion.split())
     seed_megatron()
     reference = Reference(args)
-    return args, [_experience(args, reference, iteration) for iteration in (1, 2)]
+    return args, [make_experience(args, reference, iteration) for iteration in (1, 2)]
 
 
-class _AnyJob(_Job):
+class _AnyJob(TrainingJob):
     """A job that trains fused if its arguments say so."""
 
     def __init__(self, args: Namespace) -> None:
@@ -116,7 +116,7 @@ def _compare(
     critic: tuple[int, int],
     changes: dict[str, object],
 ) -> Results:
-    args = _in_layout(args, actor, critic, **changes)
+    args = in_layout(args, actor, critic, **changes)
     found: Results = {}
     weights = []
     for kind in ("unfused", "fused"):

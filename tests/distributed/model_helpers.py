@@ -143,7 +143,8 @@ class Built:
             def collect(output: Tensor, non_loss_data: bool = False) -> Any:
                 if loss is None:
                     return output.detach().clone()
-                return loss(output, tokens), {}
+                found = loss(output, tokens)
+                return found if isinstance(found, tuple) else (found, {})
 
             return output, collect
 

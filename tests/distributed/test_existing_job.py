@@ -177,7 +177,7 @@ REFUSED = {
     "num_moe_experts": ("ValueError: model 1: mixture of experts", "Megatron's own schedule"),
     "virtual_pipeline_model_parallel_size": ("ValueError: model 1: interleaved stages", ""),
     "lengths": ("ValueError: seq_length[1]: 2 numbers for 8 micro-batches", ""),
-    "nothing": ("ValueError: num_microbatches [8, 0]", "at least one"),
+    "nothing": ("ValueError: num_microbatches of model 1: ranks have [0]", "from 1"),
     "hidden_dropout": ("ValueError: model 1: attention_dropout and hidden_dropout must be 0", ""),
 }
 

@@ -87,6 +87,23 @@ def test_numbers_of_micro_batches_have_plans_of_their_own(refusals: Any) -> None
         }
 
 
+DISAGREEMENTS = {
+    "other counts": "num_microbatches of critic: ranks have [3, 4]",
+    "no micro-batch": "num_microbatches of critic: ranks have [0, 3]",
+    "lengths": "seq_length, micro_batch_size or pipeline_dtype of critic",
+    "forward only": "forward_only",
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_ranks_that_want_different_steps_all_learn_of_it(refusals: Any, name: str) -> None:
+    found = [each[name] for each in refusals]
+    for each in found:
+        assert each["type"] == "ValueError"
+        assert DISAGREEMENTS[name] in each["text"]
+        assert (each["answer"], each["next"]) == (len(found), "none")
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_that_cannot_be_fused_are_refused_on_every_rank(refusals: Any, name: str) -> None:
     found = [each[name] for each in refusals]

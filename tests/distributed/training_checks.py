@@ -61,12 +61,12 @@ def check_training(folder: str) -> Results:
     args = parse_job(root, *FLAGS.split())
     seed_megatron()
     reference = Reference(args)
-    experiences = [_experience(args, reference, iteration) for iteration in (1, 2)]
+    experiences = [make_experience(args, reference, iteration) for iteration in (1, 2)]
     if dist.get_rank() == 0:  # which alone has something to compare with
         reference.run(experiences)
     cases = {}
     for name, (actor, critic, changes) in CASES.items():
-        job = _Job(_in_layout(args, actor, critic, **changes))
+        job = TrainingJob(in_layout(args, actor, critic, **changes))
         count = 2 if name == LONG_CASE else 1
         updates = [job.update(i, e) for i, e in enumerate(experiences[:count], start=1)]
         errors = reference.errors(job.weights(), count) if dist.get_rank() == 0 else job.drain()
@@ -88,7 +88,7 @@ def _first_mini_batch(args: Namespace) -> Tensor:
     return mini_batches(BATCH, MINI_BATCH, 1, zlib.crc32(f"{args.seed} 1".encode()))[0][0]
 
 
-def _experience(args: Namespace, reference: Reference, iteration: int) -> Any:
+def make_experience(args: Namespace, reference: Reference, iteration: int) -> Any:
     """A rollout batch of random tokens, scored by something near the actor."""
     from megatron_rlhfuse.training.batches import TokenBatch
     from megatron_rlhfuse.training.experience import build_experience
@@ -104,7 +104,7 @@ def _experience(args: Namespace, reference: Reference, iteration: int) -> Any:
     return build_experience(scored, advantage_options(args), KL_COEFFICIENT, pad_token=0)
 
 
-def _in_layout(
+def in_layout(
     args: Namespace, actor: tuple[int, int], critic: tuple[int, int], **changes: object
 ) -> Namespace:
     return changed(
@@ -117,7 +117,7 @@ def _in_layout(
     )
 
 
-class _Job:
+class TrainingJob:
     """Models and PPO of one case."""
 
     def __init__(self, args: Namespace) -> None:
@@ -166,13 +166,13 @@ class _Job:
 
 def _early_stop(args: Namespace, experiences: list[Any]) -> Results:
     """The samples' log-probabilities are far from the actor's, so the first step exceeds any."""
-    job = _Job(_in_layout(args, (1, 2), (1, 1), ppo_early_stop_kl=1e-9))
+    job = TrainingJob(in_layout(args, (1, 2), (1, 1), ppo_early_stop_kl=1e-9))
     updates = [job.update(i, e) for i, e in enumerate(experiences, start=1)]
     return {"updates": updates, "stopped": job.stopped_early, "steps": job.ppo.optimizer_steps}
 
 
 def _critic_warmup(args: Namespace, experiences: list[Any]) -> Results:
-    job = _Job(_in_layout(args, (2, 1), (1, 1), critic_warmup_iters=1))
+    job = TrainingJob(in_layout(args, (2, 1), (1, 1), critic_warmup_iters=1))
     history = [job.weights()]
     updates = []
     for iteration, experience in enumerate(experiences, start=1):
@@ -190,7 +190,7 @@ def _critic_warmup(args: Namespace, experiences: list[Any]) -> Results:
 
 def _sgd(args: Namespace, experience: Any) -> dict[str, float]:
     """One plain step is the learning rate times the clipped gradient: no factor can hide."""
-    args = _in_layout(
+    args = in_layout(
         args,
         (1, 2),
         (2, 1),
@@ -202,7 +202,7 @@ def _sgd(args: Namespace, experience: Any) -> dict[str, float]:
         end_weight_decay=0.0,
         ppo_epochs=1,
     )
-    job = _Job(args)
+    job = TrainingJob(args)
     before = job.weights()
     job.update(1, experience)
     after = job.weights()
@@ -215,7 +215,7 @@ def _sgd(args: Namespace, experience: Any) -> dict[str, float]:
 
 def _bfloat16(args: Namespace, experience: Any) -> Results:
     """The gradient norm of the first step, with float32 master weights behind bfloat16 ones."""
-    args = _in_layout(
+    args = in_layout(
         args,
         (1, 2),
         (2, 1),
@@ -224,7 +224,7 @@ def _bfloat16(args: Namespace, experience: Any) -> Results:
         accumulate_allreduce_grads_in_fp32=True,
         ppo_epochs=1,
     )
-    job = _Job(args)
+    job = TrainingJob(args)
     update = job.update(1, experience)
     return {
         "dtypes": sorted({str(p.dtype) for p in job.models.actor.module.parameters()}),

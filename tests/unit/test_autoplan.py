@@ -116,6 +116,7 @@ def test_a_job_measures_then_plans_then_searches_then_keeps_to_what_was_found() 
         ("greedy", True, False, True),
         ("greedy", True, False, True),
     ]
+    plan.before_step()
     assert is_searching() and not plan.profiling
     step_until(plan, lambda: plan.source == "search")
     settled = plan.timeline
@@ -129,6 +130,7 @@ def test_the_first_measured_step_counts_for_memory_alone() -> None:
     step(plan, (StageCost(9.0, 9.0, 7.0),) * 2)
     for _ in range(2):
         step(plan, (StageCost(0.01, 0.02, 0.0),) * 2)
+    plan.before_step()
     assert plan.timeline.problem.models[0].forward == (0.01,) * 4
     assert plan.timeline.problem.p2p == 1e-4
 
@@ -185,7 +187,7 @@ def test_every_rank_goes_through_the_same_states(monkeypatch: pytest.MonkeyPatch
 
 def test_closing_ends_a_search_at_once() -> None:
     plan = make(search_seconds=600)
-    steps(plan, 3)
+    steps(plan, 4)
     assert is_searching()
     began = time.monotonic()
     plan.close()
@@ -241,10 +243,10 @@ def searched(folder: Path, counts: Sequence[int] = COUNTS) -> AutoPlan:
     return plan
 
 
-def test_a_plan_found_once_is_run_from_the_first_step_of_the_next_job(tmp_path: Path) -> None:
+def test_a_plan_found_once_is_run_from_the_second_step_of_the_next_job(tmp_path: Path) -> None:
     before = searched(tmp_path)
     plan = make(cache=tmp_path)
-    assert steps(plan, 3) == ["cache"] * 3
+    assert steps(plan, 3) == ["1f1b", "cache", "cache"]
     assert plan.is_measured and not plan.profiling
     assert plan.timeline.order == before.timeline.order
     assert plan.program(2, False) == before.program(2, False)
@@ -252,10 +254,23 @@ def test_a_plan_found_once_is_run_from_the_first_step_of_the_next_job(tmp_path: 
 
 def test_other_micro_batches_or_limits_have_a_plan_of_their_own(tmp_path: Path) -> None:
     searched(tmp_path)
-    assert step(make(cache=tmp_path, counts=(4, 3))) == "1f1b"
-    assert step(make(cache=tmp_path, memory_limit=1e9)) == "1f1b"
-    assert step(make(cache=tmp_path, devices=opposite(2))) == "1f1b"
+    for plan in (
+        make(cache=tmp_path, counts=(4, 3)),
+        make(cache=tmp_path, memory_limit=1e9),
+        make(cache=tmp_path, devices=opposite(2)),
+    ):
+        assert steps(plan, 2) == ["1f1b", "greedy"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_plan_of_before_that_no_longer_fits_the_memory_is_not_run(tmp_path: Path) -> None:
+    limit = 4 * ACTIVATION
+    plan = make(cache=tmp_path, memory_limit=limit)
+    step_until(plan, lambda: plan.source == "search")
+    longer = tuple(dataclasses.replace(cost, activation=2 * ACTIVATION) for cost in COSTS)
+    again = make(cache=tmp_path, memory_limit=limit)
+    assert [step(again, longer) for _ in range(2)] == ["1f1b", "greedy"]
+    assert max(again.timeline.peak_activation) <= limit
 
 
 def _for_other_counts(text: str) -> str:
@@ -323,6 +338,7 @@ def test_a_plan_of_a_file_is_run_from_the_first_step_and_timed_in_it(tmp_path: P
     order = plan.timeline.order
     assert (plan.source, plan.profiling, plan.is_measured) == ("file", True, False)
     plan.after_step(COSTS)
+    plan.before_step()
     assert (plan.source, plan.profiling, plan.is_measured) == ("file", False, True)
     assert plan.timeline.order == order == load_plan(file).timeline.order
     assert plan.timeline.problem.models[0].forward == (0.01,) * 4

@@ -12,11 +12,15 @@ import torch.distributed as dist
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.pipeline.errors import PipelineError
 from megatron_rlhfuse.pipeline.executor import execute
-from megatron_rlhfuse.pipeline.links import Links
+from megatron_rlhfuse.pipeline.links import Channel, Links
 from megatron_rlhfuse.schedule.program import Instruction, Op, Program
 
 RANK = 5
-LINKS = Links(None, None, previous=4, next=6)  # type: ignore[arg-type]
+GROUP: Any = None
+LINKS = Links(
+    sources={"F": Channel(GROUP, 4, 0), "B": Channel(GROUP, 6, 0)},
+    targets={"F": Channel(GROUP, 6, 1), "B": Channel(GROUP, 4, 1)},
+)
 TIMEOUT = timedelta(seconds=0.05)
 
 # The middle stage of a pipeline, one micro-batch.
@@ -220,3 +224,24 @@ def test_without_a_gpu_no_event_is_made(gpu: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(platform, "has_cuda", lambda: False)
     run(Recorder())
     assert Event.made == []
+
+
+class Work:
+    """Stands for a transfer of torch.distributed."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[Any, ...]] = []
+
+    def wait(self, *timeout: timedelta) -> None:
+        self.waits.append(timeout)
+
+
+@pytest.mark.parametrize(("has_cuda", "waits"), [(True, [()]), (False, [(TIMEOUT,)])])
+def test_a_wait_on_a_gpu_has_no_time_out(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool, waits: list[tuple[Any, ...]]
+) -> None:
+    # With one NCCL's work would hold the host up until the transfer is over.
+    monkeypatch.setattr(platform, "has_cuda", lambda: has_cuda)
+    work = Work()
+    platform.wait_for(work, TIMEOUT)
+    assert work.waits == waits

@@ -218,7 +218,7 @@ def test_gathered_costs_stand_at_the_stages_of_their_ranks(monkeypatch: pytest.M
         for r in range(4)
     ]
 
-    def all_gather(tensors: list[torch.Tensor], mine: torch.Tensor) -> None:
+    def all_gather(tensors: list[torch.Tensor], mine: torch.Tensor, group: None) -> None:
         assert torch.equal(mine, rows[2])
         for tensor, row in zip(tensors, rows, strict=True):
             tensor.copy_(row)
