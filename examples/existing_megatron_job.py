@@ -10,6 +10,7 @@ models then train at once, in one fused pipeline, and get the same losses and th
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import zlib
@@ -46,6 +47,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 def main() -> None:
     args = parse_args()
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # else it lists every parameter
     platform.prepare()  # where there is no GPU, lets Megatron run on the CPU
     platform.set_up_rank(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(platform.backend())

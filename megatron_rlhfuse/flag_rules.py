@@ -24,8 +24,8 @@ def check_flags(args: argparse.Namespace) -> None:
         _check_required,
         _check_ranges,
         _check_sampling,
-        _check_estimator,
         _check_fusion,
+        _check_estimator,
         _check_kl,
         _check_optimizer,
         _check_output,
@@ -149,13 +149,16 @@ def _check_fusion(args: argparse.Namespace) -> None:
     if args.rlhfuse_fusion == "intra" and args.advantage_estimator != "gae":
         raise FlagError(
             f"--rlhfuse-fusion intra trains actor and critic at once, and --advantage-estimator "
-            f"{args.advantage_estimator} has no critic: use none"
+            f"{args.advantage_estimator} has no critic: use --rlhfuse-fusion none"
         )
     for name in ("rlhfuse_plan", "rlhfuse_plan_cache", "rlhfuse_activation_memory_gib"):
         if getattr(args, name) is None:
             continue
         if args.rlhfuse_fusion == "none":
-            raise FlagError(f"{flag(name)} needs --rlhfuse-fusion intra: there is no plan else")
+            raise FlagError(
+                f"{flag(name)} has no effect without --rlhfuse-fusion intra: give it, or leave "
+                f"{flag(name)} out"
+            )
         if args.advantage_estimator != "gae":
             raise FlagError(
                 f"{flag(name)} has no effect with --advantage-estimator "

@@ -148,7 +148,12 @@ def _check_plan(args: argparse.Namespace) -> None:
         plan = load_plan(args.rlhfuse_plan)
         devices = map_devices(("actor", "critic"), training_layouts(args))
         check_plan(plan.timeline, devices, micro_batches_per_step(args))
-    except (PlanMismatchError, ScheduleError, OSError) as fault:
+    except OSError as fault:
+        raise FlagError(
+            f"--rlhfuse-plan {args.rlhfuse_plan}: {fault.strerror}: make it with `rlhfuse plan`, "
+            "or leave the flag out: the job then plans by itself"
+        ) from fault
+    except (PlanMismatchError, ScheduleError) as fault:
         raise FlagError(f"--rlhfuse-plan {args.rlhfuse_plan}: {fault}") from fault
 
 

@@ -184,18 +184,18 @@ REFUSED: list[tuple[str, str, str]] = [
     (
         "--rlhfuse-fusion intra --advantage-estimator grpo --rollout-samples-per-prompt 4",
         "--rlhfuse-fusion intra trains actor and critic at once",
-        "use none",
+        "use --rlhfuse-fusion none",
     ),
     (
         "--rlhfuse-fusion both --advantage-estimator reinforce++ --rlhfuse-plan p.json",
         "--rlhfuse-plan has no effect with --advantage-estimator reinforce++",
         "leave it out",
     ),
-    ("--rlhfuse-plan p.json", "--rlhfuse-plan needs", "--rlhfuse-fusion intra"),
-    ("--rlhfuse-plan-cache none", "--rlhfuse-plan-cache needs", "--rlhfuse-fusion intra"),
+    ("--rlhfuse-plan p.json", "--rlhfuse-plan has no effect", "--rlhfuse-fusion intra"),
+    ("--rlhfuse-plan-cache none", "--rlhfuse-plan-cache has no", "--rlhfuse-fusion intra"),
     (
         "--rlhfuse-activation-memory-gib 1",
-        "--rlhfuse-activation-memory-gib needs",
+        "--rlhfuse-activation-memory-gib has no effect",
         "--rlhfuse-fusion intra",
     ),
     ("--rlhfuse-plan-seconds -1", "--rlhfuse-plan-seconds -1.0", "0 (keep the first plan)"),
