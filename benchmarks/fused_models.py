@@ -21,11 +21,10 @@ class Napping(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, received: Tensor | None, stage: Sleeper) -> Tensor:
-        began = time.perf_counter()
         ctx.stage, ctx.has_input = stage, received is not None
         ctx.save_for_backward(torch.empty(stage.held, dtype=torch.uint8))
         output = torch.zeros(stage.output_shape)
-        stage.sleep(began, stage.forward_s)
+        stage.sleep(stage.began, stage.forward_s)
         return output
 
     @staticmethod
@@ -54,11 +53,14 @@ class Sleeper(torch.nn.Module):
         self.output_shape = (1,) if groups.is_last_stage else self.message_shape
         self.forward_s, self.backward_s, self.held = forward_s, backward_s, held
         self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.began = 0.0
         self.ended = 0.0
         """time.perf_counter() at the end of the last forward or backward."""
         self._received: Tensor | None = None
 
     def set_input_tensor(self, tensors: Sequence[Tensor | None]) -> None:
+        # The first thing of Megatron's forward step, whose own time counts as the stage's.
+        self.began = time.perf_counter()
         self._received = tensors[0]
 
     def forward(self) -> Tensor:

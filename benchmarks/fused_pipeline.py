@@ -9,7 +9,8 @@
 
 --emulate   a published instance; its stages sleep for as long as they are planned to compute, and
             hold as much memory. Processes, transfers and the executor are real; sleeping ranks do
-            not compete for cores.
+            not compete for cores. The plan is searched for with the time of a transfer, measured
+            on these ranks.
 --real      two GPT models in opposite directions, which measure, plan and train by themselves.
 --overhead  the 1F1B of a model that computes nothing, by the executor and by Megatron's own loop.
             The others measure this too, on their ranks.
@@ -48,7 +49,6 @@ from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.plan import Plan, make_plan, plan_to_json
 from megatron_rlhfuse.schedule.problem import Model, Problem, load_problem
-from megatron_rlhfuse.schedule.search import search
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = Path(__file__).with_name("fused_workers.py")
@@ -66,13 +66,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fused-") as name:
         folder = Path(name)
         calls: dict[str, dict[str, Any]] = {}
-        plan = None
         if options.mode == "emulate":
-            plan = _instance_plan(options)
             calls["emulate"] = {
-                "plan_file": _write(plan, folder / "plan.json"),
+                "problem_file": str(_problem_file(options.instance)),
+                "plan_file": str(folder / "plan.json"),
                 "unit_s": options.unit_ms / 1e3,
                 "message_kib": options.message_kib,
+                "search_seconds": options.search_seconds,
                 "repeats": options.repeats,
             }
         elif options.mode == "real":
@@ -94,13 +94,8 @@ def main() -> int:
         "ranks": options.ranks,
         "repeats": options.repeats,
     }
-    if plan is not None:
-        unit_s = options.unit_ms / 1e3
+    if options.mode == "emulate":
         result |= {"instance": options.instance, "unit_ms": options.unit_ms}
-        found["emulate"] |= {
-            "planned": plan.timeline.makespan * unit_s,
-            "planned_serial": plan.serial_1f1b * unit_s,
-        }
     if options.mode != "overhead":
         result |= _against_plan(found[options.mode])
     print(json.dumps(result | _overhead(found["overhead"], options.ranks)), flush=True)
@@ -151,12 +146,6 @@ def _problem_file(instance: int) -> Path:
 
 def _problem(options: argparse.Namespace) -> Problem:
     return load_problem(_problem_file(options.instance))
-
-
-def _instance_plan(options: argparse.Namespace) -> Plan:
-    problem = _problem(options)
-    found = search(problem, seconds=options.search_seconds)
-    return make_plan(found.timeline, greedy=found.greedy, seconds=found.seconds)
 
 
 def _overhead_plan(ranks: int) -> Plan:
@@ -218,6 +207,8 @@ def _against_plan(found: dict[str, Any]) -> dict[str, Any]:
         "speedup_over_planned": serial / measured * planned / planned_serial,
         "peak_activation_error": found["peak_error"],
     }
+    if "transfer_ms" in found:
+        result["transfer_ms"] = found["transfer_ms"]
     if "source" in found:
         loaded = found["planned_under_load"]
         result["source"] = found["source"]

@@ -16,24 +16,28 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fused_models import Sleeper, Trained, gpt, sleep_step
+from fused_models import HIDDEN, Sleeper, Trained, gpt, sleep_step
 
 from megatron_rlhfuse import compat, platform
 from megatron_rlhfuse.pipeline.devices import opposite_layout
 from megatron_rlhfuse.pipeline.fused import FusedPipeline, FusionOptions, StepReport
 from megatron_rlhfuse.pipeline.groups import Layout, ModelGroups, build_process_groups
+from megatron_rlhfuse.pipeline.links import build_links, measure_transfer
 from megatron_rlhfuse.pipeline.profile import Costs, gather_costs, make_problem, median_costs
 from megatron_rlhfuse.pipeline.profile import step_costs as costs_of
 from megatron_rlhfuse.rollout.lifetime import die_with_parent
 from megatron_rlhfuse.schedule.baselines import serial_1f1b
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
-from megatron_rlhfuse.schedule.plan import load_plan, make_plan, plan_to_json
+from megatron_rlhfuse.schedule.plan import Plan, load_plan, make_plan, plan_to_json
+from megatron_rlhfuse.schedule.problem import Problem, load_problem
+from megatron_rlhfuse.schedule.search import search
 
 ACTIVATION_BYTES = 16 * 1024
 """Of an emulated stage, per unit of the plan's activation memory."""
@@ -47,10 +51,17 @@ WARM_UPS = 2
 TIMEOUT_S = 60.0
 
 
-def emulate(plan_file: str, unit_s: float, message_kib: int, repeats: int) -> dict[str, Any]:
-    """A plan with stages that sleep; see --emulate."""
-    timeline = load_plan(plan_file).timeline
-    models = timeline.problem.models
+def emulate(
+    problem_file: str,
+    plan_file: str,
+    unit_s: float,
+    message_kib: int,
+    search_seconds: float,
+    repeats: int,
+) -> dict[str, Any]:
+    """A problem's plan with stages that sleep; see --emulate."""
+    problem = load_problem(problem_file)
+    models = problem.models
     first = Layout.contiguous(dist.get_world_size(), 1, models[0].stages)
     trained = []
     for model, layout in zip(
@@ -67,6 +78,9 @@ def emulate(plan_file: str, unit_s: float, message_kib: int, repeats: int) -> di
         )
         trained.append(Trained(sleeper, groups, model.micro_batches, message_kib, sleep_step))
 
+    plan = _plan_with_transfers(problem, trained, plan_file, unit_s, message_kib, search_seconds)
+    timeline = plan.timeline
+
     def last_end() -> float:
         return max(each.model.ended for each in trained)
 
@@ -78,10 +92,37 @@ def emulate(plan_file: str, unit_s: float, message_kib: int, repeats: int) -> di
         end=last_end,
     )
     return {
+        "transfer_ms": timeline.problem.p2p * unit_s * 1e3,
+        "planned": timeline.makespan * unit_s,
+        "planned_serial": plan.serial_1f1b * unit_s,
         "fused": [wall for wall, _ in fused],
         "serial": [wall for wall, _ in serial],
         "peak_error": _peak_error(trained, plan_file, timeline, ACTIVATION_BYTES),
     }
+
+
+def _plan_with_transfers(
+    problem: Problem,
+    trained: Sequence[Trained],
+    plan_file: str,
+    unit_s: float,
+    message_kib: int,
+    search_seconds: float,
+) -> Plan:
+    """A plan for the problem with the time that a transfer takes here, as a job would make it."""
+    seconds = 0.0
+    for each in trained:
+        links = build_links(each.groups.layout, each.groups.name, timedelta(seconds=TIMEOUT_S))
+        seconds = max(seconds, measure_transfer(links, message_kib * HIDDEN, torch.float32))
+    slowest = torch.tensor([seconds], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        priced = replace(problem, p2p=float(slowest) / unit_s)
+        found = search(priced, seconds=search_seconds)
+        plan = make_plan(found.timeline, greedy=found.greedy, seconds=found.seconds)
+        Path(plan_file).write_text(json.dumps(plan_to_json(plan)))
+    dist.barrier()
+    return load_plan(plan_file)
 
 
 def real(folder: str, micro_batches: int, length: int, layers: int, repeats: int) -> dict[str, Any]:
