@@ -54,7 +54,6 @@ from megatron_rlhfuse.schedule.search import greedy
 WIN = 1e-3
 """Relative: a plan must be shorter than back-to-back 1F1B by this much to be worth its memory."""
 
-
 MEMORY_SHARE = 0.9
 """Of a GPU's free memory, for activations: the rest is for what kernels need for the moment."""
 
@@ -266,8 +265,10 @@ class AutoPlan:
         self._settled = True
 
     def _adopt(self, timeline: Timeline, source: str, *, measured: bool) -> None:
+        # Programs know no times: an order that only got new ones keeps those it has.
+        if self._programs and timeline.order != self.timeline.order:
+            self._programs = {}
         self.timeline, self.source, self.is_measured = timeline, source, measured
-        self._programs = {}
 
 
 def _greedy(problem: Problem) -> tuple[Timeline, str]:

@@ -123,7 +123,7 @@ def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
 class Transfers:
     """The messages of one model in one step.
 
-    shape: of the message of every micro-batch, [micro-batches]
+    shapes: of the message of every micro-batch, [micro-batches]
     differentiable: received activations take a gradient
     """
 

@@ -238,15 +238,3 @@ def test_the_guide_names_every_option() -> None:
     section = GUIDE.read_text(encoding="utf-8").partition("| field of `FusionOptions`")[2]
     rows = re.findall(r"^\| `(\w+)` \|", section.partition("\n\n")[0], re.MULTILINE)
     assert sorted(rows) == sorted(field.name for field in fields(FusionOptions))
-
-
-@pytest.mark.parametrize("name", ["docs/fusion.md", "docs/user-guide.md"])
-def test_links_lead_somewhere(name: str) -> None:
-    path = REPOSITORY / name
-    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
-        file, _, anchor = target.partition("#")
-        linked = path.parent / file if file else path
-        assert linked.is_file(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {each.lower().replace(" ", "-") for each in headings}, target

@@ -258,18 +258,5 @@ def test_examples_are_listed_and_described() -> None:
         assert f"`{path.name}` |" in text and f"{sizes} / {critic.micro_batches} |" in text
 
 
-@pytest.mark.parametrize("path", [GUIDE, EXAMPLES / "README.md"], ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
-        if target.startswith("https://"):
-            continue
-        name, _, anchor = target.partition("#")
-        file = path.parent / name if name else path
-        assert file.is_file(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {each.lower().replace(" ", "-") for each in headings}, target
-
-
 def test_readme_has_no_gap_left_to_fill() -> None:
     assert not re.search(r"@[A-Z]+@|TODO|TBD", (ROOT / "README.md").read_text(encoding="utf-8"))
