@@ -114,7 +114,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--message-kib", type=int, default=64, help="of a hop (default: 64)")
     emulate = parser.add_argument_group("--emulate")
     emulate.add_argument("--instance", type=int, default=1, help="0 to 11 (default: 1)")
-    emulate.add_argument("--unit-ms", type=float, default=5.0, help="a unit of time (default: 5)")
+    emulate.add_argument("--unit-ms", type=float, default=8.0, help="a unit of time (default: 8)")
     emulate.add_argument(
         "--search-seconds", type=float, default=5.0, help="for the plan (default: 5)"
     )

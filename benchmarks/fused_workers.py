@@ -250,6 +250,7 @@ def _alternate(
 ) -> tuple[Times, Times]:
     """Times two ways by turns. `end`: when the work on this rank ended."""
     times: tuple[Times, Times] = ([], [])
+    gc.freeze()  # or each collection goes through all imported modules
     for turn in range(-WARM_UPS, repeats):
         for run, taken in zip((fused, serial), times, strict=True):
             prepare()
@@ -265,6 +266,7 @@ def _alternate(
 def _together(work: Callable[[], object], end: Callable[[], float]) -> tuple[float, float]:
     """Runs something on all ranks from one instant on. COLLECTIVE."""
     gc.collect()
+    dist.barrier()  # all have collected
     instant = torch.tensor([time.perf_counter() + START_DELAY_S], dtype=torch.float64)
     dist.broadcast(instant, 0)
     start = float(instant)

@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.pipeline.groups import Layout
 
-ROUND_TRIPS = 5
-"""Of the measurement of a transfer; the median is taken."""
+ROUND_TRIPS = 9
+"""Through the pipeline, to measure a transfer; the median is taken."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class Links:
     """The channels of this rank in a pipeline, by kind of message: F activations, B gradients.
 
     sources: where messages come from; targets: where they go; None at the pipeline's ends
+    edges: between the pipeline's stages
+    timeout: of a single transfer, outside a step
     """
 
     sources: Mapping[str, Channel | None]
     targets: Mapping[str, Channel | None]
+    edges: int
+    timeout: timedelta
 
 
 def build_links(layout: Layout, name: str, timeout: timedelta) -> Links:
@@ -82,41 +86,11 @@ def build_links(layout: Layout, name: str, timeout: timedelta) -> Links:
                         ends["targets"][kind] = Channel(group, receiver, 1)
                     elif rank == receiver:
                         ends["sources"][kind] = Channel(group, sender, 0)
-    links = Links(ends["sources"], ends["targets"])
+    links = Links(ends["sources"], ends["targets"], layout.pp - 1, timeout)
     # NCCL makes a pair's connection in its first message, and even a receive that is only posted
     # then holds the host up until the peer comes: in the middle of a schedule, a deadlock.
     measure_transfer(links, 1, torch.float32)
     return links
-
-
-def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
-    """Seconds that a message takes to the next stage's rank; 0 on the last stage.
-
-    COLLECTIVE over the pipeline. Goes over every edge of it, both ways.
-    """
-    message = torch.zeros(elements, dtype=dtype, device=platform.device())
-    seconds = 0.0
-    # Edges in ascending order on every rank: the pipeline is gone through from its first stage.
-    edges = (
-        (links.sources["F"], links.targets["B"], False),
-        (links.sources["B"], links.targets["F"], True),
-    )
-    for source, target, leads in edges:
-        if source is None or target is None:
-            continue
-        trips = []
-        for _ in range(ROUND_TRIPS):
-            began = time.perf_counter()
-            if leads:
-                target.group.send([message], target.position, 0).wait()
-            source.group.recv([message], source.position, 0).wait()
-            if not leads:
-                target.group.send([message], target.position, 0).wait()
-            platform.synchronize()
-            trips.append((time.perf_counter() - began) / 2)
-        if leads:  # the other end's clock also waits for this one to begin
-            seconds = statistics.median(trips)
-    return seconds
 
 
 @dataclass
@@ -167,3 +141,36 @@ class Transfers:
         """Waits for the oldest send of a kind, and lets its tensor go."""
         _, work = self._going[kind].popleft()
         platform.wait_for(work, timeout)
+
+
+def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:
+    """Seconds that a message takes to the next stage, the mean of all edges; 0 but on stage 0.
+
+    COLLECTIVE over the pipeline. A message goes through all stages and back, each time as the
+    executor would do it: made anew, its receive posted beforehand.
+    """
+    rounds = range(ROUND_TRIPS)
+    shapes = [torch.Size([elements])] * ROUND_TRIPS
+    transfers = Transfers(links, shapes, dtype, False)
+    comes, goes = links.sources["F"] is not None, links.targets["F"] is not None
+    seconds = []
+    if comes:
+        transfers.post("F", 0)
+    for trip in rounds:
+        began = time.perf_counter()
+        if goes:
+            transfers.post("B", trip)
+        if comes:
+            transfers.wait("F", trip, links.timeout)
+            if trip + 1 < ROUND_TRIPS:
+                transfers.post("F", trip + 1)
+        if goes:
+            transfers.send("F", trip, torch.zeros(elements, dtype=dtype, device=platform.device()))
+            transfers.wait("B", trip, links.timeout)
+            transfers.release("F", links.timeout)
+        if comes:
+            transfers.send("B", trip, torch.zeros(elements, dtype=dtype, device=platform.device()))
+            transfers.release("B", links.timeout)
+        platform.synchronize()
+        seconds.append((time.perf_counter() - began) / (2 * links.edges or 1))
+    return statistics.median(seconds) if goes and not comes else 0.0

@@ -20,6 +20,8 @@ GROUP: Any = None
 LINKS = Links(
     sources={"F": Channel(GROUP, 4, 0), "B": Channel(GROUP, 6, 0)},
     targets={"F": Channel(GROUP, 6, 1), "B": Channel(GROUP, 4, 1)},
+    edges=2,
+    timeout=timedelta(seconds=9),
 )
 TIMEOUT = timedelta(seconds=0.05)
 
