@@ -38,6 +38,9 @@ def test_every_parameter_has_a_gradient(results: Any, case: str) -> None:
 def test_the_plan_goes_through_its_stages_alike_on_every_rank(results: Any, case: str) -> None:
     sources = results[0][case]["sources"]
     assert all(found[case]["sources"] == sources for found in results)
-    assert sources[:2] == ["1f1b", "greedy"] and sources[-2:] == ["search", "search"]
-    # Pipelines in opposite directions always have something to gain.
-    assert set(sources[2:-2]) <= {"greedy"}, sources
+    assert sources[0] == "1f1b" and sources[-2:] == ["search", "search"]
+    # Pipelines in opposite directions always have something to gain; but the plan of the second
+    # step knows the first one only, in which a rank that was held up may look like a slow stage.
+    planned = sources[1:-2]
+    first_greedy = planned.index("greedy")
+    assert set(planned[:first_greedy]) <= {"1f1b"} and set(planned[first_greedy:]) == {"greedy"}
