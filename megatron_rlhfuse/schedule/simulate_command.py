@@ -1,7 +1,8 @@
 """Predicts the training stage of a cluster, fused and not, without running it.
 
 CLUSTER.json describes the machine and both models (docs/planner.md; examples in
-examples/clusters). Prints the time, the bubbles and the memory of every schedule.
+examples/clusters). Prints the time, the bubbles and the memory of every schedule. With --rollout it
+is generation and inference that are predicted, by megatron_rlhfuse/migration.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rlhfuse.cli import Refuse
+from megatron_rlhfuse.migration import simulate_command as simulate_rollout_command
 from megatron_rlhfuse.observe.jsonl import write_atomically
 from megatron_rlhfuse.schedule.cluster import load_cluster
 from megatron_rlhfuse.schedule.errors import ScheduleError
@@ -50,7 +52,19 @@ _COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cluster", metavar="CLUSTER.json", type=Path, help="the cluster")
+    parser.add_argument("cluster", metavar="CLUSTER.json", type=Path, nargs="?", help="the cluster")
+    parser.add_argument(
+        "--rollout",
+        metavar="CASE.json",
+        type=Path,
+        help="instead of a cluster a rollout: predict generation and inference",
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="SHARE",
+        type=simulate_rollout_command.threshold,
+        help="of a rollout: migrate its tail at this share of unfinished samples (default: auto)",
+    )
     add_search_flags(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers as JSON")
     parser.add_argument("--png", metavar="FILE", type=Path, help="draw the times as bars")
@@ -63,12 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, refuse: Refuse) -> int:
+    source = _input(args, refuse)
     for flag in ("json", "png", "problem"):
         output = getattr(args, flag)
-        if output is not None and output.resolve() == args.cluster.resolve():
+        if output is not None and output.resolve() == source.resolve():
             refuse(f"argument --{flag}: {output} is the input")
         if output is not None and (output.is_dir() or not output.parent.is_dir()):
             refuse(f"argument --{flag}: {output} must be a file in a folder that exists")
+    if args.rollout is not None:
+        return simulate_rollout_command.run(args, refuse)
     try:
         cluster = load_cluster(args.cluster)
         with watched_search() as watch:
@@ -94,6 +111,25 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
     if watch.interrupted:
         print("interrupted: the fused schedules are the best found until then")
     return 0
+
+
+def _input(args: argparse.Namespace, refuse: Refuse) -> Path:
+    """The file to simulate; refuses flags that mean nothing for it."""
+    if args.rollout is None:
+        if args.cluster is None:
+            refuse(
+                "the following arguments are required: CLUSTER.json or --rollout CASE.json "
+                "(see rlhfuse simulate --help)"
+            )
+        if args.threshold is not None:
+            refuse("argument --threshold: want --rollout CASE.json with it")
+        return args.cluster
+    if args.cluster is not None:
+        refuse(f"argument --rollout: want it without CLUSTER.json, got {args.cluster}")
+    for flag in ("problem", "seconds", "iterations", "threads", "seed"):
+        if getattr(args, flag) is not None:
+            refuse(f"argument --{flag}: it is for a cluster, not for --rollout")
+    return args.rollout
 
 
 def text(simulation: Simulation) -> str:
