@@ -12,7 +12,7 @@ TOY := build/toy
 TESTS := $(wildcard tests/unit tests/distributed tests/e2e tests/gpu)
 CSRC := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help install test lint format toy demo bench benchplan benchfused picture clean
+.PHONY: help install test lint format toy demo bench benchplan benchfused benchrollout picture clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,9 +54,14 @@ benchplan: install ## plan the published instances, a JSON line each (ARGS="--se
 benchfused: install ## fused plans against what they took, as one JSON line (ARGS="--real")
 	$(PY) benchmarks/fused_pipeline.py $(or $(ARGS),--emulate)
 
+benchrollout: install toy ## generation and inference, serial and fused, as one JSON line (ARGS="--pace 0")
+	$(PY) benchmarks/rollout.py $(ARGS)
+
 picture: install toy ## the README's pictures: a fused plan, a run's timeline
 	$(VENV)/bin/rlhfuse plan examples/problems/published-05.json --iterations 5000 \
 	    --png docs/images/fusion.png
+	$(VENV)/bin/rlhfuse simulate --rollout examples/rollouts/two_cores.json \
+	    --png docs/images/rollout.png
 	rm -rf runs/picture
 	$(PY) benchmarks/iteration.py --iterations 3 --run-dir runs/picture
 	$(VENV)/bin/rlhfuse report runs/picture

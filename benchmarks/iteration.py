@@ -1,6 +1,6 @@
 """Times whole PPO iterations on the toy models: two ranks, PP 2, two vLLM engines.
 
-    python benchmarks/iteration.py [--iterations N] [--warmup N] [--fusion none|intra|both]
+    python benchmarks/iteration.py [--iterations N] [--warmup N] [--fusion none|inter|intra|both]
                                    [--run-dir DIR]
 
 Progress goes to standard error. The last line of standard output is JSON with medians over the
@@ -52,12 +52,15 @@ def main() -> int:
         "it finds its plan)",
     )
     parser.add_argument(
-        "--fusion", choices=["none", "intra", "both"], default="none", help="--rlhfuse-fusion"
+        "--fusion",
+        choices=["none", "inter", "intra", "both"],
+        default="none",
+        help="--rlhfuse-fusion",
     )
     parser.add_argument("--toy", type=Path, default=ROOT / "build" / "toy", help="toy models")
     parser.add_argument("--run-dir", type=Path, help="keep the run's folder here")
     options = parser.parse_args()
-    fused = options.fusion != "none"
+    fused = options.fusion in ("intra", "both")
     if options.warmup is None:
         options.warmup = FUSION_WARMUP if fused else 1
     if options.iterations < 1 or options.warmup < 0:
@@ -105,7 +108,7 @@ def _command(options: argparse.Namespace, run_folder: Path) -> list[str]:
         "rlhfuse-fusion": options.fusion,
         "rlhfuse-run-dir": run_folder,
     }
-    if options.fusion != "none":
+    if options.fusion in ("intra", "both"):
         flags |= {"rlhfuse-plan-cache": "none", "rlhfuse-plan-seconds": PLAN_SECONDS}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]

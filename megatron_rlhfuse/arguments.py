@@ -23,6 +23,19 @@ from megatron_rlhfuse.validation import complete_flags
 PROGRAM = "pretrain_rlhf.py"
 
 
+def threshold(text: str) -> float | None:
+    """The type of --rlhfuse-migration-threshold; None is auto."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"want auto or a number from 0 to 1, got {text[:40]}")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     """Parses `sys.argv`, refuses bad combinations, and sets Megatron's global arguments.
 
@@ -105,10 +118,53 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--rlhfuse-fusion",
-        choices=["none", "intra", "both"],
-        default="none",
-        help="stage fusion; 'none' runs everything one after the other, 'intra' trains actor and "
-        "critic at once in one fused pipeline, 'both' is every fusion that this version has: intra",
+        choices=["none", "inter", "intra", "both"],
+        help="stage fusion; 'none' runs everything one after the other, 'inter' starts inference "
+        "while the longest samples are still being generated, on few engines, 'intra' trains actor "
+        "and critic at once in one fused pipeline (default: both; inter where the algorithm has no "
+        "critic, or where actor and critic cannot train in one pipeline)",
+    )
+    add(
+        "--rlhfuse-migration-threshold",
+        type=threshold,
+        default=None,
+        metavar="auto|FRACTION",
+        help="with at most this share of the rollout batch unfinished the rest migrates to few "
+        "engines; 0 never migrates, 'auto' simulates the next rollout and takes the best "
+        "(default: auto)",
+    )
+    add(
+        "--rlhfuse-migration-policy",
+        choices=["busiest", "inference"],
+        default="busiest",
+        help="which engines keep the rest: those with most of it, or designated ones",
+    )
+    add(
+        "--rlhfuse-migration-instances",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="those designated, for --rlhfuse-migration-policy inference",
+    )
+    add(
+        "--rlhfuse-migration-transfer",
+        choices=["auto", "kv", "tokens"],
+        default="auto",
+        help="what of a sample travels: its keys and values, or only its tokens, which are then "
+        "computed again; 'auto' takes what is faster by the measured rates",
+    )
+    add(
+        "--rlhfuse-migration-batch",
+        type=int,
+        metavar="N",
+        help="samples that an engine is filled up to by migration (default: the largest decode "
+        "batch that was measured to be as fast as a small one)",
+    )
+    add(
+        "--rlhfuse-migration-rebalance",
+        action="store_true",
+        help="migrate more than once in an iteration, as often as it pays",
     )
     add(
         "--rlhfuse-plan",
@@ -274,6 +330,14 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         default=256,
         metavar="N",
         help="largest decode batch of one engine",
+    )
+    add(
+        "--rollout-pace",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="for measurements: let every step of an engine take at least so long, as on a GPU "
+        "that decodes few sequences as fast as one",
     )
     add(
         "--rollout-kv-cache-bytes",

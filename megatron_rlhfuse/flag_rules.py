@@ -25,6 +25,7 @@ def check_flags(args: argparse.Namespace) -> None:
         _check_ranges,
         _check_sampling,
         _check_fusion,
+        _check_migration,
         _check_estimator,
         _check_kl,
         _check_optimizer,
@@ -154,7 +155,7 @@ def _check_fusion(args: argparse.Namespace) -> None:
     for name in ("rlhfuse_plan", "rlhfuse_plan_cache", "rlhfuse_activation_memory_gib"):
         if getattr(args, name) is None:
             continue
-        if args.rlhfuse_fusion == "none":
+        if args.rlhfuse_fusion in ("none", "inter"):
             raise FlagError(
                 f"{flag(name)} has no effect without --rlhfuse-fusion intra: give it, or leave "
                 f"{flag(name)} out"
@@ -172,6 +173,31 @@ def _check_fusion(args: argparse.Namespace) -> None:
     _need(args, "rlhfuse_plan_seconds", lambda value: 0 <= value < math.inf,
           "must be 0 (keep the first plan) or more seconds")  # fmt: skip
     _need(args, "rlhfuse_activation_memory_gib", lambda value: value > 0, "must be above 0")
+
+
+def _check_migration(args: argparse.Namespace) -> None:
+    designated = args.rlhfuse_migration_instances
+    if bool(designated) != (args.rlhfuse_migration_policy == "inference"):
+        raise FlagError(
+            "--rlhfuse-migration-policy inference and --rlhfuse-migration-instances need each "
+            "other: give both, or neither"
+        )
+    _need(args, "rlhfuse_migration_batch", lambda value: value >= 1, "must be at least 1")
+    _need(args, "rollout_pace", lambda value: 0 <= value < math.inf, "must be 0 or more seconds")
+    given = {
+        "rlhfuse_migration_threshold": args.rlhfuse_migration_threshold is not None,
+        "rlhfuse_migration_policy": args.rlhfuse_migration_policy != "busiest",
+        "rlhfuse_migration_transfer": args.rlhfuse_migration_transfer != "auto",
+        "rlhfuse_migration_batch": args.rlhfuse_migration_batch is not None,
+        "rlhfuse_migration_rebalance": args.rlhfuse_migration_rebalance,
+    }
+    if args.rlhfuse_fusion in ("none", "intra"):
+        for name, is_given in given.items():
+            if is_given:
+                raise FlagError(
+                    f"{flag(name)} has no effect with --rlhfuse-fusion {args.rlhfuse_fusion}: "
+                    "give inter or both, or leave it out"
+                )
 
 
 def _check_kl(args: argparse.Namespace) -> None:

@@ -9,20 +9,26 @@ import statistics as st
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from megatron_rlhfuse import platform
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.observe import trace
 from megatron_rlhfuse.observe.metrics import MetricsWriter, Value
 from megatron_rlhfuse.observe.progress import Progress
 from megatron_rlhfuse.rlhf.kl import kl_estimate
 from megatron_rlhfuse.rlhf.statistics import explained_variance, policy_mismatch
+from megatron_rlhfuse.rollout.controller import Decision
+from megatron_rlhfuse.rollout_times import RolloutTimes, reduce_rollout
 from megatron_rlhfuse.training.experience import Experience
 from megatron_rlhfuse.training.fused_training import FusionTimes, reduce_times
 from megatron_rlhfuse.training.ppo import Updates
 from megatron_rlhfuse.training.trained_model import StepResult
+
+FUSIONS = {
+    (False, False): "none",
+    (True, False): "inter",
+    (False, True): "intra",
+    (True, True): "both",
+}
+"""By: are generation and inference fused, is training."""
 
 
 class RunRecord:
@@ -71,7 +77,7 @@ class RunRecord:
         self._consumed += len(scored)
         self._tokens = sum(len(item.sample.response) for item in scored)
         self._values = {
-            "fusion": "intra" if self._args.fuses_training else "none",
+            "fusion": FUSIONS[self._args.fuses_rollout, self._args.fuses_training],
             "consumed_samples": self._consumed,
             "optimizer_steps": optimizer_steps,
             "weight_version": min(item.sample.weight_version for item in scored),
@@ -87,20 +93,18 @@ class RunRecord:
         """Takes down how the iteration's fused steps went. COLLECTIVE."""
         self._values |= reduce_times(times)
 
-    def write(
-        self,
-        iteration: int,
-        seconds: Mapping[str, float],
-        engine: Mapping[str, float],
-        dropped: int,
+    def describe_rollout(
+        self, times: RolloutTimes, engine: Mapping[str, float], decision: Decision | None
     ) -> None:
-        """Writes the iteration's line, and every rank its spans. COLLECTIVE.
+        """Takes down generation and inference. COLLECTIVE.
 
-        engine: this rank's engine, `peak_bytes` and `restarts` in this iteration; zeros without.
+        engine: what was observed of this rank's engine, zeros without; decision: on rank 0, where
+            generation and inference are fused
         """
-        memory = max(platform.peak_resident_bytes(), engine["peak_bytes"])
-        largest = _reduce(memory, dist.ReduceOp.MAX)
-        restarts = _reduce(engine["restarts"], dist.ReduceOp.SUM)
+        self._values |= reduce_rollout(times, engine, decision)
+
+    def write(self, iteration: int, seconds: Mapping[str, float], dropped: int) -> None:
+        """Writes the iteration's line, and every rank its spans. COLLECTIVE."""
         self.tracer.flush()
         if self._writer is None:
             return
@@ -110,9 +114,7 @@ class RunRecord:
             **{f"{stage}_s": value for stage, value in seconds.items()},
             "samples_per_s": self._args.rollout_batch_size / whole,
             "tokens_per_s": tokens / whole,
-            "engine_restarts": int(restarts),
             "prompts_dropped": dropped,
-            "peak_rss_mb": largest / 2**20,
         }
         self._writer.write(iteration, self._values)
         self.progress.update(iteration, self._values)
@@ -148,12 +150,6 @@ class RunRecord:
 
 def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple))
-
-
-def _reduce(value: float, operation: dist.ReduceOp.RedOpType) -> float:
-    tensor = torch.tensor([float(value)], dtype=torch.float64, device=platform.device())
-    dist.all_reduce(tensor, operation)
-    return float(tensor)
 
 
 def _sample_values(scored: Sequence[ScoredSample]) -> dict[str, Value]:

@@ -27,7 +27,9 @@ from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.models.save import save_hf
 from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.rlhf.kl import make_kl_controller
+from megatron_rlhfuse.rollout.controller import Decision
 from megatron_rlhfuse.rollout.stage import GenerationStage
+from megatron_rlhfuse.rollout_times import RolloutTimes
 from megatron_rlhfuse.run_record import RunRecord
 from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from megatron_rlhfuse.training.experience import Experience, build_experience
@@ -44,6 +46,8 @@ class Trainer:
         self.tracer = self.run.tracer
         self.generation = GenerationStage(args, self.tracer)
         self._seconds: dict[str, float] = {}
+        self._rollout = RolloutTimes()
+        self._decision: Decision | None = None
 
     def __enter__(self) -> Trainer:
         try:
@@ -140,21 +144,32 @@ class Trainer:
         return [self.dataset[index] for index in self.sampler.next_batch() for _ in range(copies)]
 
     def generate(self, iteration: int, prompts: Sequence[Prompt]) -> None:
-        """Every engine makes its samples; all ranks go on together once all are finished."""
-        with self._stage("generation"):
+        """Every engine makes its samples.
+
+        All ranks go on together once all samples are finished; fused with inference, each goes on
+        as soon as its engine has no samples any more, its own or migrated ones.
+        """
+        self._rollout = RolloutTimes()
+        with self._stage("generation", together=not self.args.fuses_rollout):
             self.generation.generate(self.queue, iteration, prompts)
-            with self.tracer.span("wait for other engines", "wait"):
-                self.queue.wait_finished(iteration, len(prompts))
+            self._rollout.released = time.time()
+            if not self.args.fuses_rollout:
+                with self.tracer.span("wait for other engines", "wait"):
+                    self.queue.wait_finished(iteration, len(prompts))
             self.generation.sleep()
 
     def infer(self, iteration: int, prompts: Sequence[Prompt]) -> list[ScoredSample]:
         """Inference instances score all samples; returns them by sample id, on every rank."""
         with self._stage("inference"):
             total = len(prompts)
-            self.inference.instance.score_all(self.queue, iteration, total, prompts)
+            scoring = self.inference.instance.score_all(self.queue, iteration, total, prompts)
             collected = self.queue.collect(iteration, total) if dist.get_rank() == 0 else None
             scored = [ScoredSample.from_bytes(m) for m in broadcast_messages(collected, 0)]
-            return sorted(scored, key=lambda item: item.sample.sample_id)
+        self._rollout.finish(scoring, scored)
+        self._seconds |= self._rollout.stages
+        lengths = [len(item.sample.response) for item in scored]
+        self._decision = self.generation.finish(lengths, scoring.samples, scoring.seconds)
+        return sorted(scored, key=lambda item: item.sample.sample_id)
 
     def train(self, iteration: int, scored: Sequence[ScoredSample]) -> None:
         """PPO's epochs over the rollout batch: the actor's and the critic's optimizer steps."""
@@ -185,11 +200,12 @@ class Trainer:
     def record(self, iteration: int) -> None:
         """Writes the iteration's line of metrics and the trace."""
         self._seconds["iteration"] = time.perf_counter() - self._started
-        self.run.write(iteration, self._seconds, self.generation.observe(), self.dataset.dropped)
+        self.run.describe_rollout(self._rollout, self.generation.observe(), self._decision)
+        self.run.write(iteration, self._seconds, self.dataset.dropped)
 
-    def _stage(self, name: str) -> _Stage:
+    def _stage(self, name: str, together: bool = True) -> _Stage:
         self.run.progress.stage(name)
-        return _Stage(self, name)
+        return _Stage(self, name, together)
 
     def _send_weights(self, version: int | None = None) -> None:
         """COLLECTIVE. The version of weights is the iteration that trained them."""
@@ -247,10 +263,13 @@ class Trainer:
 
 
 class _Stage:
-    """Times a stage between barriers, so that its seconds are the slowest rank's."""
+    """Times a stage between barriers, so that its seconds are the slowest rank's.
 
-    def __init__(self, trainer: Trainer, name: str) -> None:
-        self._trainer, self._name = trainer, name
+    Without a barrier at its end (`together` False) they are this rank's.
+    """
+
+    def __init__(self, trainer: Trainer, name: str, together: bool) -> None:
+        self._trainer, self._name, self._together = trainer, name, together
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -258,7 +277,7 @@ class _Stage:
         self._span.__enter__()
 
     def __exit__(self, *exception: object) -> None:
-        if exception[0] is None:
+        if exception[0] is None and self._together:
             with self._trainer.tracer.span("wait for other ranks", "wait"):
                 platform.synchronize()
                 dist.barrier()

@@ -30,18 +30,19 @@ _MODELS = ("actor", "reward", "reference", "critic")
 def complete_flags(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with defaults that depend on others, and the actor's architecture.
 
-    Adds `uses_critic`, `uses_reference`, `fuses_training`, and `actor_shape`, `critic_shape`,
-    `reward_shape`, `reference_shape` (None where there is no such model). Raises `FlagError`.
+    Adds `uses_critic`, `uses_reference`, `fuses_training`, `fuses_rollout`, and `actor_shape`,
+    `critic_shape`, `reward_shape`, `reference_shape` (None where there is no such model). Raises
+    `FlagError`.
     """
     args.uses_critic = args.advantage_estimator == "gae"
-    args.fuses_training = args.uses_critic and args.rlhfuse_fusion in ("intra", "both")
     args.uses_reference = args.ppo_kl_coef != 0
     args.reference_model = args.reference_model or args.actor_model
     args.critic_model = args.critic_model or args.reward_model or args.actor_model
     _inherit(args)
     check_schedules(args)
     _check_layouts(args)
-    _check_fused_layout(args)
+    _complete_fusion(args)
+    _check_migration_instances(args)
     _check_batches(args)
     _check_folders(args)
     _check_plan(args)
@@ -126,9 +127,35 @@ def _check_layouts(args: argparse.Namespace) -> None:
         )
 
 
-def _check_fused_layout(args: argparse.Namespace) -> None:
+def _check_migration_instances(args: argparse.Namespace) -> None:
+    for instance in args.rlhfuse_migration_instances:
+        if not 0 <= instance < args.rollout_instances:
+            raise FlagError(
+                f"--rlhfuse-migration-instances {instance}: want numbers from 0, below "
+                f"--rollout-instances {args.rollout_instances}"
+            )
+
+
+def _complete_fusion(args: argparse.Namespace) -> None:
+    """Adds `fuses_rollout` and `fuses_training`; what was asked for must be possible."""
+    asked = args.rlhfuse_fusion
+    args.fuses_rollout = asked in (None, "inter", "both")
+    args.fuses_training = args.uses_critic and asked in (None, "intra", "both")
     if not args.fuses_training:
         return
+    stages = (args.pipeline_model_parallel_size, args.critic_pipeline_model_parallel_size)
+    if asked is None and args.rlhfuse_plan is None and max(stages) == 1:
+        args.fuses_training = False  # without a pipeline there are no bubbles to fill
+        return
+    try:
+        _check_fused_layout(args)
+    except FlagError:
+        if asked is not None or args.rlhfuse_plan is not None:
+            raise
+        args.fuses_training = False
+
+
+def _check_fused_layout(args: argparse.Namespace) -> None:
     try:
         training_layouts(args)
     except LayoutError as fault:

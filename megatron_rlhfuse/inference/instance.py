@@ -10,6 +10,7 @@ weights and its tokens, whichever instance scores it and when.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,17 @@ class InferenceModels:
             self.to_host()
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What an instance did in an iteration."""
+
+    samples: int
+    seconds: float
+    """Without waiting for samples."""
+    began: float
+    """time.time() at the first sample; 0 without any."""
+
+
 class InferenceInstance:
     """This rank's part of its inference instance."""
 
@@ -89,22 +101,25 @@ class InferenceInstance:
 
     def score_all(
         self, queue: SampleQueue, iteration: int, total: int, prompts: Sequence[Prompt]
-    ) -> int:
-        """Scores samples of the iteration until none is left; returns how many.
+    ) -> Scoring:
+        """Scores samples of the iteration until none is left.
 
         COLLECTIVE over the ranks of the instance. `prompts`: by sample id. Samples that are not
         finished yet are waited for.
         """
         pull = self._micro_batch_size * self._groups.layout.pp
-        scored = 0
+        scored, seconds, began = 0, 0.0, 0.0
         with self._models.on_device(), torch.no_grad():
             while samples := self._pull(queue, iteration, total, pull):
+                start = time.time()
+                began = began or start
                 with self._tracer.span("score", "inference", samples=len(samples)):
                     results = self._score(samples, prompts)
                 if self._is_reporter:
                     queue.push_scored(iteration, results)
                 scored += len(samples)
-        return scored
+                seconds += time.time() - start
+        return Scoring(scored, seconds, began)
 
     def _pull(self, queue: SampleQueue, iteration: int, total: int, count: int) -> list[Sample]:
         """The leader takes samples from the queue; its instance gets copies."""

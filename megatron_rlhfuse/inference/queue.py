@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.inference.scored import ScoredSample
+from megatron_rlhfuse.rollout.board import MigrationBoard
 from megatron_rlhfuse.rollout.samples import Sample
 
 # Polling keeps the interpreter responsive to signals, which a blocking pop does not; a sample
@@ -74,17 +75,39 @@ class SampleQueue:
         tickets = max(0, min(last, total) - (last - count))
         return [Sample.from_bytes(self._pop(f"{iteration}/finished")) for _ in range(tickets)]
 
+    def counts(self, iteration: int) -> tuple[int, int]:
+        """Samples of the iteration that are finished, and those that are scored."""
+        finished = self._store.add(f"{iteration}/finished_count", 0)
+        return finished, self._store.add(f"{iteration}/scored_count", 0)
+
+    def board(self, iteration: int) -> MigrationBoard:
+        """Where the generation instances of the iteration meet."""
+        return MigrationBoard(self._store, iteration)
+
+    def wait_left(self, iteration: int, instance: int) -> None:
+        """Returns once a generation instance has no samples any more."""
+        board = self.board(iteration)
+        self._wait(
+            lambda: instance in board.read().left,
+            lambda: f"generation instance {instance}: not released",
+        )
+
     def push_scored(self, iteration: int, scored: Sequence[ScoredSample]) -> None:
         """Hands scored samples on to training."""
         for sample in scored:
             self._store.queue_push(f"{iteration}/scored", sample.to_bytes())
+        self._store.add(f"{iteration}/scored_count", len(scored))
 
     def collect(self, iteration: int, total: int) -> list[bytes]:
         """All scored samples as bytes, in the order of arrival; one rank calls this."""
         scored = [self._pop(f"{iteration}/scored") for _ in range(total)]
-        for name in ("finished", "finished_count", "tickets", "scored"):
-            self._store.delete_key(f"{iteration - 1}/{name}")
+        self.delete(iteration - 1)
         return scored
+
+    def delete(self, iteration: int) -> None:
+        """Removes everything about an iteration; one rank calls this, and nobody asks any more."""
+        for name in ("finished", "finished_count", "tickets", "scored", "scored_count"):
+            self._store.delete_key(f"{iteration}/{name}")
 
     def _pop(self, key: str) -> bytes:
         popped: list[bytes] = []

@@ -71,6 +71,25 @@ METRICS: dict[str, Metric] = {
     "weight_sync_s": Metric("time", "s", "sending the actor's weights to the engines"),
     "checkpoint_s": Metric("time", "s", "saving checkpoints"),
     "iteration_s": Metric("time", "s", "the whole iteration"),
+    "rollout_s": Metric("rollout", "s", "generation and inference together"),
+    "rollout_idle_s": Metric(
+        "rollout", "s", "of that, a rank neither generating nor scoring; mean over ranks"
+    ),
+    "inference_start_s": Metric("rollout", "s", "first sample scored, after generation's start"),
+    "migration_threshold": Metric(
+        "rollout", "", "share of the batch from which on the tail may migrate"
+    ),
+    "migrated_samples": Metric("rollout", "samples", "samples that went to another engine"),
+    "migration_start_s": Metric(
+        "rollout", "s", "when the first migration was decided, after generation's start"
+    ),
+    "migration_s": Metric("rollout", "s", "engines' time for giving samples away, summed"),
+    "migrated_kv_mb": Metric("rollout", "MB", "keys and values that migrated"),
+    "recomputed_tokens": Metric(
+        "rollout", "tokens", "computed again for migrated samples; with keys and values one each"
+    ),
+    "predicted_rollout_s": Metric("rollout", "s", "rollout_s as simulated beforehand"),
+    "predicted_serial_rollout_s": Metric("rollout", "s", "the same without fusion"),
     "fusion_plan": Metric(
         "fusion", "", "where the fused steps' plan came from: 1f1b, greedy, search, cache, file"
     ),

@@ -5,7 +5,8 @@ weights and the unfinished requests again, and makes the same tokens: they depen
 prompt and seed alone.
 
 Invariants:
-- every submitted request gives exactly one sample, whatever happens to the child in between;
+- every submitted request gives exactly one sample, whatever happens to the child in between:
+  out of `poll` here or, once `extract` has returned it, wherever it was taken;
 - an update that is refused has not touched the engine;
 - after close(), EngineError or EngineHang no process of the instance is left.
 
@@ -27,14 +28,26 @@ from megatron_rlhfuse.rollout.messages import (
     BucketLoaded,
     Configure,
     EngineOptions,
+    Extract,
+    Extracted,
     Finished,
+    Forget,
+    FreeCache,
     Progress,
+    Ready,
+    Request,
+    Resumed,
     Sleep,
     Submit,
     UpdateWeights,
     WeightsLoaded,
 )
-from megatron_rlhfuse.rollout.samples import GenerationRequest, Sample, SamplingOptions
+from megatron_rlhfuse.rollout.samples import (
+    GenerationRequest,
+    PartialSample,
+    Sample,
+    SamplingOptions,
+)
 from megatron_rlhfuse.rollout.supervisor import EngineError, EngineHang, Supervisor
 from megatron_rlhfuse.rollout.weight_buckets import WeightBuckets
 
@@ -53,6 +66,16 @@ class WeightUpdate:
     """Size of the weights, in the stream's dtype."""
 
 
+@dataclass(frozen=True)
+class Extraction:
+    """Samples that left an engine, and what that cost."""
+
+    samples: list[PartialSample]
+    seconds: float
+    """In which the engine did not generate."""
+    kv_bytes: int
+
+
 class GenerationEngine:
     """One generation instance. Its child is started by `start`, ended by `close`."""
 
@@ -62,13 +85,18 @@ class GenerationEngine:
         self.sampling = sampling
         self.observations: Progress | None = None
         """The running child's latest, a few times a second while it generates."""
+        self.resumed = self.recomputed_tokens = 0
+        """Samples taken over that were gone on with, and the tokens computed again for it."""
         self._supervisor = Supervisor(Configure(instance, options, sampling), self._supply)
+        self._built: Ready | None = None
         self._weights: WeightBuckets | None = None
         self._loaded: WeightBuckets | None = None  # what the running child has
         self._loading: WeightBuckets | None = None  # what it is about to have
         self._asleep = self._falling_asleep = False
         self._tickets = count()
-        self._pending: dict[int, GenerationRequest] = {}  # by ticket
+        self._pending: dict[int, Request] = {}  # by ticket
+        self._extracting: set[int] = set()  # tickets that the child was asked for
+        self._extracted: Extracted | None = None
         self._finished: list[Sample] = []
 
     def start(self) -> None:
@@ -83,6 +111,7 @@ class GenerationEngine:
             EngineHang: it took longer than start_timeout_s.
         """
         self._wait(lambda: self._supervisor.ready is not None)
+        self._built = self._supervisor.ready
 
     def close(self) -> None:
         """Ends the child and frees the kept weights; idempotent. Nothing may be called after it."""
@@ -100,6 +129,23 @@ class GenerationEngine:
     def restarts(self) -> int:
         """How often the child was started again after it had died."""
         return self._supervisor.restarts
+
+    @property
+    def built(self) -> Ready:
+        """What the child said of itself that was waited for last; one after it is built alike."""
+        assert self._built is not None
+        return self._built
+
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """(sample, prompt tokens, response tokens) of unfinished samples, as last observed."""
+        known = dict(self.observations.unfinished) if self.observations is not None else {}
+        found = []
+        for request in self._pending.values():
+            origin = _origin(request)
+            begun = len(request.response) if isinstance(request, PartialSample) else 0
+            length = max(begun, known.get(origin.sample_id, 0))
+            found.append((origin.sample_id, len(origin.prompt), length))
+        return found
 
     @property
     def unfinished(self) -> int:
@@ -143,8 +189,11 @@ class GenerationEngine:
         self._wait(lambda: self._loaded is buckets)
         return WeightUpdate(time.monotonic() - started, buckets.bytes)
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
         """Hands requests to the engine; their samples come out of `poll`.
+
+        What another engine has begun is gone on with, from its files of keys and values where they
+        can be read, else from its tokens.
 
         Raises:
             ValueError: a prompt leaves no room for max_new_tokens; names the sample.
@@ -156,7 +205,7 @@ class GenerationEngine:
             raise RuntimeError(
                 f"generation instance {self.instance} has no weights: call update_weights first"
             )
-        for request in requests:
+        for request in map(_origin, requests):
             needed = len(request.prompt) + self.sampling.max_new_tokens
             if needed > self.options.max_model_len:
                 raise ValueError(
@@ -201,10 +250,54 @@ class GenerationEngine:
             samples += self.poll(_WAIT_S)
         return sorted(samples, key=lambda sample: sample.sample_id)
 
+    def extract(self, sample_ids: Iterable[int], with_kv: Iterable[int] = ()) -> Extraction:
+        """Takes unfinished samples out of the engine, for another one to go on with.
+
+        Those that have finished in the meantime stay, and come out of `poll`. If the child dies
+        before it has answered, what it had made of them is lost: they leave as if just begun, and
+        become the same samples.
+
+        Args:
+            with_kv: those of `sample_ids` that leave with their keys and values, which the child
+                holds until `forget_exports`
+
+        Raises:
+            EngineError, EngineHang
+        """
+        leaving, exported = set(sample_ids), set(with_kv)
+        tickets = {
+            t: request
+            for t, request in self._pending.items()
+            if _origin(request).sample_id in leaving
+        }
+        if not tickets:
+            return Extraction([], 0.0, 0)
+        self._extracting, self._extracted = set(tickets), None
+        wanted = tuple(t for t, r in tickets.items() if _origin(r).sample_id in exported)
+        self._supervisor.send(Extract(tuple(tickets), wanted))
+        self._wait(lambda: self._extracted is not None)
+        assert self._extracted is not None
+        for ticket, _ in self._extracted.samples:
+            self._pending.pop(ticket, None)
+        return Extraction(
+            [sample for _, sample in self._extracted.samples],
+            self._extracted.seconds,
+            self._extracted.kv_bytes,
+        )
+
+    def forget_exports(self) -> None:
+        """Frees the keys and values of extracted samples."""
+        self._supervisor.send(Forget())
+
+    def free_cache(self) -> None:
+        """Gives the memory of an idle engine's KV cache back, where it cannot sleep."""
+        self._require_idle("free_cache")
+        self._supervisor.send(FreeCache())
+
     def abort(self, sample_ids: Iterable[int]) -> None:
         """Gives up unfinished samples: `poll` will not return them."""
         unwanted = set(sample_ids)
-        tickets = [t for t, request in self._pending.items() if request.sample_id in unwanted]
+        tickets = [t for t, r in self._pending.items() if _origin(r).sample_id in unwanted]
         for ticket in tickets:
             del self._pending[ticket]
         self._supervisor.send(Abort(tuple(tickets)))
@@ -241,6 +334,14 @@ class GenerationEngine:
         self._asleep = self._falling_asleep = False
         if self._weights is not None:
             self._load_weights()
+        if self._extracting:
+            assert self._weights is not None
+            lost = {t: self._pending.pop(t) for t in self._extracting if t in self._pending}
+            version = self._weights.version
+            self._extracting = set()
+            self._extracted = Extracted(
+                tuple((t, _begun(request, version)) for t, request in lost.items()), 0.0, 0
+            )
         if self._pending:
             self._supervisor.send(Submit(tuple(self._pending.items())))
 
@@ -260,6 +361,11 @@ class GenerationEngine:
                             self._finished.append(sample)
                 case Progress():
                     self.observations = message
+                case Resumed():
+                    self.resumed += message.samples
+                    self.recomputed_tokens += message.recomputed_tokens
+                case Extracted():
+                    self._extracting, self._extracted = set(), message
                 case WeightsLoaded():
                     self._loaded, self._loading = self._loading, None
                 case Asleep():
@@ -271,6 +377,8 @@ class GenerationEngine:
 
     def _due(self) -> str | None:
         """Why the child must not be silent, if it must not."""
+        if self._extracting:
+            return f"{len(self._extracting)} samples are to be taken out of it"
         if self._loading is not None:
             return f"it is loading weight version {self._loading.version}"
         if self._falling_asleep:
@@ -296,3 +404,14 @@ class GenerationEngine:
             raise RuntimeError(
                 f"{call}: generation instance {self.instance} is asleep; call wake first"
             )
+
+
+def _origin(request: Request) -> GenerationRequest:
+    return request.request if isinstance(request, PartialSample) else request
+
+
+def _begun(request: Request, weight_version: int) -> PartialSample:
+    """A request as an engine gives it up that has not made anything of it."""
+    if isinstance(request, PartialSample):
+        return request
+    return PartialSample(request, (), (), None, 0, (), weight_version, time.time())

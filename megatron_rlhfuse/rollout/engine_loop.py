@@ -4,7 +4,9 @@ Invariants:
 - weights come from the trainer only; no request is taken before the first update;
 - weights change, and the engine sleeps, only while no sample is unfinished: a sample is made by
   one version of the weights;
-- finished samples go out as soon as the step that finished them ends.
+- finished samples go out as soon as the step that finished them ends;
+- a sample that is extracted leaves with everything that its next token depends on, as of one
+  moment between two steps.
 """
 
 from __future__ import annotations
@@ -14,21 +16,34 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_rlhfuse.rollout.kv_connector import (
+    KVTransfer,
+    OpenFiles,
+    cache_size,
+    free_cache,
+)
 from megatron_rlhfuse.rollout.messages import (
     Abort,
     Asleep,
     BucketLoaded,
     Configure,
+    Extract,
+    Extracted,
     Finished,
+    Forget,
+    FreeCache,
     Progress,
     Ready,
+    Request,
+    Resumed,
     Sleep,
     Stop,
     Submit,
     UpdateWeights,
     WeightsLoaded,
 )
-from megatron_rlhfuse.rollout.samples import GenerationRequest, Sample
+from megatron_rlhfuse.rollout.resumption import generator_states, resume_in_scheduler
+from megatron_rlhfuse.rollout.samples import GenerationRequest, PartialSample, Sample
 from megatron_rlhfuse.rollout.vllm_engine import build_engine, sampling_params
 
 PROGRESS_INTERVAL_S = 0.25
@@ -58,14 +73,22 @@ class EngineLoop:
         self._tickets: dict[str, int] = {}  # by the request id that the scheduler uses
         self._finished_tokens = 0
         self._steps = 0
+        self._prefill_tokens, self._prefill_seconds = 0, 0.0
         self._window = _Window()
+        self._pace_s = configure.options.pace_s
         self._engine = build_engine(configure.options)
+        self._transfer = KVTransfer(self._engine) if configure.options.migrates else None
+        resume_in_scheduler(self._core)
 
     def run(self) -> None:
         """Serves until told to stop."""
         from megatron_rlhfuse.rollout.weight_transfer import weight_names
 
-        self._outbox.put(Ready(tuple(self._engine.apply_model(weight_names)[0])))
+        cache = self._core.vllm_config.cache_config
+        tokens = cache.num_gpu_blocks * cache.block_size
+        cache_bytes = sum(self._engine.collective_rpc(cache_size))
+        names = tuple(self._engine.apply_model(weight_names)[0])
+        self._outbox.put(Ready(names, tokens, cache_bytes / tokens))
         while self._obey():
             self._step()
 
@@ -95,6 +118,12 @@ class EngineLoop:
                     self._submit(command)
                 case Abort():
                     self._abort(command)
+                case Extract():
+                    self._extract(command)
+                case Forget():
+                    self._forget_exports()
+                case FreeCache():
+                    self._free_cache()
                 case UpdateWeights():
                     self._update_weights(command)
                 case Sleep():
@@ -108,13 +137,26 @@ class EngineLoop:
         if self._weight_version is None or self._asleep:
             raise RuntimeError("requests came before weights")
         for ticket, request in command.requests:
+            held = self._hold(request)
             request_id = self._engine.add_request(
                 str(ticket),
-                {"prompt_token_ids": list(request.prompt)},
-                sampling_params(self._sampling, request.seed),
+                {"prompt_token_ids": list(held.request.prompt)},
+                sampling_params(self._sampling, held.request.seed, held.before, held.kv_files),
             )
             self._tickets[request_id] = ticket
-            self._requests[ticket] = _Held(request, self._weight_version, time.time())
+            self._requests[ticket] = held
+
+    def _hold(self, request: Request) -> _Held:
+        assert self._weight_version is not None
+        if isinstance(request, GenerationRequest):
+            return _Held(request, self._weight_version, time.time())
+        if request.weight_version != self._weight_version:
+            raise RuntimeError(
+                f"sample {request.sample_id} was begun with weight version "
+                f"{request.weight_version}, the engine has {self._weight_version}"
+            )
+        files = self._transfer.open(request) if self._transfer is not None else None
+        return _Held(request.request, self._weight_version, request.started, request, files)
 
     def _abort(self, command: Abort) -> None:
         # A sample may have finished while the command was under way.
@@ -122,10 +164,74 @@ class EngineLoop:
         self._engine.abort_request([str(ticket) for ticket in tickets])
         self._forget(tickets)
 
+    def _extract(self, command: Extract) -> None:
+        before = time.perf_counter()
+        tickets = [ticket for ticket in command.tickets if ticket in self._requests]
+        keys = {ticket: key for key, ticket in self._tickets.items()}
+        ids = [keys[ticket] for ticket in tickets]
+        requests = {t: self._core.scheduler.requests.get(keys[t]) for t in tickets}
+        of_generators: Any = generator_states
+        states: list[bytes | None] = self._engine.collective_rpc(of_generators, args=(ids,))[0]
+        wanted = set(command.with_kv) & {
+            t for t, request in requests.items() if request is not None
+        }
+        exported: dict[int, tuple[int, tuple[str, ...]]] = {}
+        size = 0
+        if self._transfer is not None and wanted:
+            exported, size = self._transfer.export({t: requests[t] for t in sorted(wanted)})
+        samples = tuple(
+            (t, self._partial(t, keys[t], state, *exported.get(t, (0, ()))))
+            for t, state in zip(tickets, states, strict=True)
+        )
+        self._engine.abort_request([str(ticket) for ticket in tickets])
+        self._forget(tickets)
+        self._outbox.put(Extracted(samples, time.perf_counter() - before, size))
+
+    def _partial(
+        self, ticket: int, key: str, generator: bytes | None, kv_tokens: int, files: tuple[str, ...]
+    ) -> PartialSample:
+        held = self._requests[ticket]
+        state: Any = self._engine.output_processor.request_states[key]
+        tokens = tuple(self._core.scheduler.requests[key].output_token_ids)
+        drawn = state.logprobs_processor.logprobs
+        if generator is None and held.before is not None:  # it has not run here
+            generator = held.before.generator
+        log_probs = (*held.log_probs, *(drawn.logprobs if drawn is not None else ()))
+        return PartialSample(
+            request=held.request,
+            response=tokens,
+            log_probs=log_probs,
+            generator=generator if tokens else None,
+            kv_tokens=kv_tokens,
+            kv_files=files,
+            weight_version=held.weight_version,
+            started=held.started,
+        )
+
+    def _forget_exports(self) -> None:
+        if self._transfer is not None:
+            self._transfer.forget()
+
+    def _free_cache(self) -> None:
+        self._settle()
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache before its memory went")
+        self._engine.collective_rpc(free_cache)
+
     def _step(self) -> None:
         before = time.perf_counter()
+        ran = {request.request_id for request in self._core.scheduler.running}
         outputs = self._engine.step()
-        self._window.add(time.perf_counter() - before, len(self._core.scheduler.running))
+        if self._pace_s:
+            time.sleep(max(0.0, before + self._pace_s - time.perf_counter()))
+        seconds = time.perf_counter() - before
+        self._window.add(seconds, len(self._core.scheduler.running))
+        admitted = [r for r in self._core.scheduler.running if r.request_id not in ran]
+        if admitted:
+            self._prefill_seconds += seconds
+            self._prefill_tokens += sum(request.num_tokens for request in admitted)
+        if self._transfer is not None and (resumed := self._transfer.take_resumed()):
+            self._outbox.put(Resumed(*resumed))
         self._steps += 1
         samples = tuple((int(output.request_id), self._sample(output)) for output in outputs)
         if samples:
@@ -139,13 +245,14 @@ class EngineLoop:
     def _sample(self, output: Any) -> Sample:
         held = self._requests[int(output.request_id)]
         (completion,) = output.outputs  # of vLLM's RequestOutput
-        tokens = tuple(completion.token_ids)
+        tokens = (*held.response, *completion.token_ids)
         self._finished_tokens += len(tokens)
         return Sample(
             sample_id=held.request.sample_id,
             prompt=held.request.prompt,
             response=tokens,
-            log_probs=tuple(completion.logprobs.logprobs),  # flat: one number per token
+            # Flat: one number per token.
+            log_probs=(*held.log_probs, *completion.logprobs.logprobs),
             stop_reason=str(completion.finish_reason),
             weight_version=held.weight_version,
             instance=self._instance,
@@ -155,7 +262,9 @@ class EngineLoop:
 
     def _forget(self, tickets: list[int]) -> None:
         for ticket in tickets:
-            del self._requests[ticket]
+            files = self._requests.pop(ticket).files
+            if files is not None:
+                files.close()
         self._tickets = {key: t for key, t in self._tickets.items() if t in self._requests}
 
     def _progress(self) -> Progress:
@@ -178,6 +287,8 @@ class EngineLoop:
             output_tokens=self._finished_tokens + sum(lengths.values()),
             step_seconds=self._window.mean_seconds,
             step_sequences=self._window.mean_sequences,
+            prefill_tokens=self._prefill_tokens,
+            prefill_seconds=self._prefill_seconds,
         )
 
     def _update_weights(self, command: UpdateWeights) -> None:
@@ -225,6 +336,22 @@ class _Held:
     request: GenerationRequest
     weight_version: int
     started: float
+    before: PartialSample | None = None
+    """What other engines made of it."""
+    files: OpenFiles | None = None
+    """Keys and values of that."""
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        return self.before.response if self.before is not None else ()
+
+    @property
+    def log_probs(self) -> tuple[float, ...]:
+        return self.before.log_probs if self.before is not None else ()
+
+    @property
+    def kv_files(self) -> tuple[str, ...]:
+        return self.files.paths if self.files is not None else ()
 
 
 class _Window:

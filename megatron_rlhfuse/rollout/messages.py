@@ -11,7 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rlhfuse.rollout.samples import GenerationRequest, Sample, SamplingOptions
+from megatron_rlhfuse.rollout.samples import (
+    GenerationRequest,
+    PartialSample,
+    Sample,
+    SamplingOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class EngineOptions:
     bucket of a weight update and the reload after it."""
     enable_sleep: bool
     """Give GPU memory back between generations; see GenerationEngine.sleep."""
+    migrates: bool = False
+    """Be able to give away and to take over samples with their keys and values."""
+    pace_s: float = 0.0
+    """Least duration of a step, for measurements: an engine on a GPU below its saturation batch
+    needs as long for a step of one sequence as for one of many. 0: as fast as it can."""
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -93,6 +103,9 @@ class Progress:
     """Mean duration of the steps since the last observation."""
     step_sequences: float
     """Mean decode batch of those steps."""
+    prefill_tokens: int
+    prefill_seconds: float
+    """Of the steps that admitted sequences since the process started, and their tokens."""
 
 
 # To the engine process.
@@ -107,15 +120,38 @@ class Configure:
     sampling: SamplingOptions
 
 
+Request = GenerationRequest | PartialSample
+"""A response to begin, or to go on with."""
+
+
 @dataclass(frozen=True)
 class Submit:
-    requests: tuple[tuple[int, GenerationRequest], ...]
+    requests: tuple[tuple[int, Request], ...]
     """(ticket, request)"""
 
 
 @dataclass(frozen=True)
 class Abort:
     tickets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Give up samples in the state they are in; answered by Extracted, even if none is left."""
+
+    tickets: tuple[int, ...]
+    with_kv: tuple[int, ...]
+    """Those of the tickets whose keys and values are wanted too; they are kept until Forget."""
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Free the keys and values of extracted samples."""
+
+
+@dataclass(frozen=True)
+class FreeCache:
+    """Give the memory of the KV cache back to the system, where the engine cannot sleep."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +179,34 @@ class Stop:
 class Ready:
     weight_names: tuple[str, ...]
     """Hugging Face names of the tensors that an update must bring."""
+    kv_tokens: int
+    """What the KV cache holds."""
+    kv_bytes_per_token: float
+    """Of all layers and workers."""
 
 
 @dataclass(frozen=True)
 class Finished:
     samples: tuple[tuple[int, Sample], ...]
     """(ticket, sample)"""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Samples of another engine run here now."""
+
+    samples: int
+    recomputed_tokens: int
+    """What was computed again for them, at least one token each."""
+
+
+@dataclass(frozen=True)
+class Extracted:
+    samples: tuple[tuple[int, PartialSample], ...]
+    """(ticket, sample); a ticket that finished in the meantime is missing."""
+    seconds: float
+    """What the engine could not generate in."""
+    kv_bytes: int
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ import os
 from importlib.metadata import entry_points
 
 from megatron_rlhfuse.rollout.lifetime import ENGINE_PROCESS_VARIABLE, die_with_parent
+from megatron_rlhfuse.rollout.resumption import resume_in_worker
 
 WEIGHT_TRANSFER_BACKEND = "rlhfuse-shared-memory"
 
 
 @functools.cache  # vLLM refuses a second registration in a process
 def register() -> None:
-    """Makes the weight transfer known, and ties the workers of our own engines to their parent."""
+    """Makes the weight transfer known; ties the workers of our own engines to their parent, and
+    lets them go on with samples that others began."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     WeightTransferEngineFactory.register_engine(
@@ -27,6 +29,7 @@ def register() -> None:
     )
     if ENGINE_PROCESS_VARIABLE in os.environ:
         die_with_parent()
+        resume_in_worker()
 
 
 def is_installed() -> bool:

@@ -12,10 +12,15 @@ Invariants:
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
 import struct
 from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_MEMORY_FILE = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
 STOP_REASONS = ("stop", "length")
 
@@ -127,12 +132,77 @@ class Sample:
         Raises:
             ValueError: the bytes are no JSON object with exactly the fields of a sample.
         """
-        values = json.loads(data)
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
-            raise ValueError(f"a sample needs the fields {sorted(names)}, got {data[:200]!r}")
+        values = _fields(cls, data)
         for name in ("prompt", "response", "log_probs"):
             values[name] = tuple(values[name])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class PartialSample:
+    """A response that one engine has begun and another one goes on with.
+
+    The tokens so far stay response tokens: penalties, min_new_tokens and max_new_tokens count them.
+    """
+
+    request: GenerationRequest
+    response: tuple[int, ...]
+    """Token ids so far, without a stop token; may be empty."""
+    log_probs: tuple[float, ...]
+    """As in Sample."""
+    generator: bytes | None
+    """State of the request's random generator after the last token; None where a draw depends on
+    (seed, position) alone, or nothing was drawn yet."""
+    kv_tokens: int
+    """Tokens whose keys and values `kv_files` hold, from the first token of the prompt; the last
+    token so far is not among them. 0 without files."""
+    kv_files: tuple[str, ...]
+    """A file for each tensor-parallel worker, on this machine; see kv_connector."""
+    weight_version: int
+    started: float
+    """time.time() at which the first engine took the request."""
+
+    def __post_init__(self) -> None:
+        if len(self.response) != len(self.log_probs):
+            raise ValueError(
+                f"sample {self.request.sample_id}: {len(self.response)} response tokens need as "
+                f"many log_probs, got {len(self.log_probs)}"
+            )
+        known = len(self.request.prompt) + len(self.response)
+        _require(0 <= self.kv_tokens < known, "kv_tokens", self.kv_tokens, f"from 0, below {known}")
+
+    @property
+    def sample_id(self) -> int:
+        return self.request.sample_id
+
+    def to_bytes(self) -> bytes:
+        """Encode as JSON; floats survive exactly."""
+        values = asdict(self)
+        if self.generator is not None:
+            values["generator"] = base64.b64encode(self.generator).decode()
+        return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> PartialSample:
+        """Decode what `to_bytes` made.
+
+        Raises:
+            ValueError: the bytes are no JSON object with exactly the fields of a partial sample.
+        """
+        values = _fields(cls, data)
+        request = values["request"]
+        if not isinstance(request, dict) or request.keys() != {"sample_id", "prompt", "seed"}:
+            raise ValueError(f"a request needs sample_id, prompt and seed, got {request!r:.200}")
+        request["prompt"] = tuple(request["prompt"])
+        values["request"] = GenerationRequest(**request)
+        if values["generator"] is not None:
+            values["generator"] = base64.b64decode(values["generator"], validate=True)
+        for name in ("response", "log_probs", "kv_files"):
+            values[name] = tuple(values[name])
+        for path in values["kv_files"]:
+            # A message must not make an engine open any other file.
+            if not isinstance(path, str) or not _MEMORY_FILE.fullmatch(path):
+                raise ValueError(f"kv_files: want paths of memory files, got {path!r:.200}")
         return cls(**values)
 
 
@@ -146,6 +216,14 @@ def sample_seed(run_seed: int, iteration: int, sample_id: int) -> int:
     """
     packed = struct.pack("<qqq", run_seed, iteration, sample_id)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def _fields(cls: type[Sample] | type[PartialSample], data: bytes) -> dict[str, Any]:
+    values = json.loads(data)
+    names = {field.name for field in fields(cls)}
+    if not isinstance(values, dict) or values.keys() != names:
+        raise ValueError(f"a sample needs the fields {sorted(names)}, got {data[:200]!r}")
+    return values
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

@@ -3,22 +3,39 @@
 Ranks are cut into as many equal blocks as there are instances; the first rank of a block leads
 the instance. Which instance makes a sample depends on its prompt alone, so responses to one
 prompt share its cached prefix.
+
+Fused with inference, an instance is released as soon as it has no samples any more, and the tail
+of the samples migrates to few of them (controller, member, board). Not fused, all are released
+together.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.data import Prompt
 from megatron_rlhfuse.inference.queue import SampleQueue
+from megatron_rlhfuse.migration.lengths import LengthHistory
+from megatron_rlhfuse.migration.meter import RateMeter
+from megatron_rlhfuse.migration.planner import MigrationOptions
 from megatron_rlhfuse.observe.trace import Tracer
-from megatron_rlhfuse.rollout.engine import EngineOptions, GenerationEngine, WeightUpdate
+from megatron_rlhfuse.rollout.controller import Decision, MigrationController, Rollout
+from megatron_rlhfuse.rollout.engine import (
+    EngineError,
+    EngineOptions,
+    GenerationEngine,
+    WeightUpdate,
+)
+from megatron_rlhfuse.rollout.kv_relay import GlooRelay
+from megatron_rlhfuse.rollout.member import Member
 from megatron_rlhfuse.rollout.samples import (
     GenerationRequest,
     Sample,
@@ -29,24 +46,36 @@ from megatron_rlhfuse.rollout.samples import (
 # How long a leader listens to its engine before it looks at signals again.
 _POLL_S = 0.5
 
+# And before it looks at the board: a few decode steps.
+_MEMBER_POLL_S = 0.05
+
+OBSERVED = ("peak_bytes", "restarts", "migrated", "kv_bytes", "extract_s", "recomputed")
+"""Of `observe`."""
+
 
 class GenerationStage:
     """This rank's part of generation: an engine on a leader, nothing on other ranks."""
 
     def __init__(self, args: argparse.Namespace, tracer: Tracer) -> None:
         block = args.world_size // args.rollout_instances
+        self._args = args
+        self._instance = args.rank // block
+        nodes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+        self._nodes = tuple(str(i * block // nodes) for i in range(args.rollout_instances))
+        self._block = block
+        self._relay: GlooRelay | None = None
+        self._controller: MigrationController | None = None
+        self._member: Member | None = None
         self._instances = args.rollout_instances
         self._samples_per_prompt = args.rollout_samples_per_prompt
         self._seed = args.seed
         self._tracer = tracer
         self._engine: GenerationEngine | None = None
-        self._restarts_seen = 0
+        self._restarts_seen = self._recomputed_seen = 0
         if args.rank % block == 0:
-            instance = args.rank // block
             self._engine = GenerationEngine(
-                instance, engine_options(args, instance), sampling_options(args)
+                self._instance, engine_options(args, self._instance), sampling_options(args)
             )
-            self._instance = instance
 
     def start(self) -> None:
         """Starts the engine without waiting: it loads while the models are built."""
@@ -64,19 +93,39 @@ class GenerationStage:
             self._engine.sleep()
 
     def wait_until_ready(self) -> None:
-        """Waits for this rank's engine. Raises EngineError naming it and its log."""
+        """Waits for this rank's engine. Raises EngineError naming it and its log.
+
+        COLLECTIVE over all ranks.
+        """
         if self._engine is not None:
             self._engine.wait_until_ready()
+        if not self._args.fuses_rollout:
+            return
+        if len(set(self._nodes)) > 1:
+            self._relay = GlooRelay(dist.new_group(backend="gloo"), self._block)
+        if self._args.rank == 0:
+            assert self._engine is not None
+            self._controller = MigrationController(
+                migration_options(self._args),
+                self._args.rlhfuse_migration_threshold is None,
+                RateMeter(self._engine.built.kv_bytes_per_token),
+                LengthHistory(self._args.rollout_max_new_tokens),
+            )
 
     def generate(
         self, queue: SampleQueue, iteration: int, prompts: Sequence[Prompt]
     ) -> list[Sample]:
         """Makes this instance's samples of the iteration and offers each as it finishes.
 
-        `prompts`: by sample id. Returns the samples made by this rank's engine.
+        Fused, returns once this rank's block of ranks is released. `prompts`: by sample id. Returns
+        the samples finished by this rank's engine.
         """
         if self._engine is None:
+            if self._args.fuses_rollout:
+                queue.wait_left(iteration, self._instance)
             return []
+        if self._controller is not None:
+            self._watch(queue, iteration, prompts)
         requests = [
             GenerationRequest(
                 sample_id, prompt.token_ids, sample_seed(self._seed, iteration, sample_id)
@@ -84,14 +133,70 @@ class GenerationStage:
             for sample_id, prompt in enumerate(prompts)
             if sample_id // self._samples_per_prompt % self._instances == self._instance
         ]
+        member = None
+        if self._args.fuses_rollout:
+            board = queue.board(iteration)
+            member = Member(self._engine, board, self._nodes, self._relay, self._tracer)
+            self._member = member
         self._engine.submit(requests)
         made: list[Sample] = []
-        while self._engine.unfinished:
-            for sample in self._engine.poll(_POLL_S):
+        waiting_since = time.monotonic()
+        while True:
+            for sample in self._engine.poll(_POLL_S if member is None else _MEMBER_POLL_S):
                 queue.push_finished(iteration, sample)
                 made.append(sample)
                 self._trace(sample)
-        return made
+            if member is None:
+                if not self._engine.unfinished:
+                    return made
+                continue
+            member.step()
+            if member.leave():
+                return made
+            if self._engine.unfinished:
+                waiting_since = time.monotonic()
+            elif time.monotonic() - waiting_since > self._args.rlhfuse_stage_timeout:
+                raise EngineError(
+                    f"generation instance {self._instance}: samples were to come from another "
+                    f"instance, and have not within {self._args.rlhfuse_stage_timeout:.0f} s"
+                )
+            else:
+                time.sleep(_MEMBER_POLL_S / 10)  # something is on its way here
+
+    def _watch(self, queue: SampleQueue, iteration: int, prompts: Sequence[Prompt]) -> None:
+        assert self._controller is not None and self._engine is not None
+        if iteration > 1:
+            queue.board(iteration - 1).delete(self._instances)
+        self._controller.start(
+            self.rollout(prompts), queue.board(iteration), lambda: queue.counts(iteration)
+        )
+
+    def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
+        """What is known of a rollout beforehand; on ranks that lead an instance."""
+        assert self._engine is not None
+        args = self._args
+        return Rollout(
+            instances=self._instances,
+            samples=len(prompts),
+            samples_per_prompt=self._samples_per_prompt,
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) / len(prompts),
+            max_num_seqs=args.rollout_max_num_seqs,
+            kv_capacity=self._engine.built.kv_tokens,
+            nodes=self._nodes,
+        )
+
+    def finish(self, lengths: Sequence[int], scored: int, scoring_s: float) -> Decision | None:
+        """After the iteration's samples are scored: what the controller decided, on rank 0.
+
+        lengths: of all responses; scored, scoring_s: by this rank's inference instance
+        """
+        if self._controller is None:
+            return None
+        self._controller.meter.inference(scored, scoring_s)
+        if self._member is not None:
+            counts = self._member.counts
+            self._controller.meter.transfer(counts.kv_bytes, counts.extract_s, same_node=True)
+        return self._controller.finish(lengths)
 
     def update_weights(
         self, stream: Iterable[tuple[str, torch.Tensor]], version: int
@@ -105,28 +210,44 @@ class GenerationStage:
 
     def sleep(self) -> None:
         """Gives the engine's memory back to training, where it can."""
-        if self._engine is not None:
+        if self._engine is None:
+            return
+        if self._engine.options.enable_sleep:
             self._engine.sleep()
+        elif self._args.fuses_rollout:
+            self._engine.free_cache()
 
     def wake(self) -> None:
         """Takes that memory again, before new weights arrive."""
         platform.release_memory()
         if self._engine is not None:
+            if self._args.fuses_rollout:
+                self._engine.forget_exports()
             self._engine.wake()
+        if self._relay is not None:
+            self._relay.forget()
 
     def observe(self) -> dict[str, float]:
-        """`peak_bytes` of this rank's engine and its `restarts` since the last call."""
+        """`peak_bytes` of this rank's engine, and since the last call its `restarts`, the samples
+        `migrated` away, their `kv_bytes` and `extract_s`, and the `recomputed` tokens."""
+        seen = dict.fromkeys(OBSERVED, 0.0)
         if self._engine is None:
-            return {"peak_bytes": 0, "restarts": 0}
-        restarts = self._engine.restarts - self._restarts_seen
+            return seen
+        seen["peak_bytes"] = platform.peak_resident_bytes(self._engine.pid)
+        seen["restarts"] = self._engine.restarts - self._restarts_seen
+        seen["recomputed"] = self._engine.recomputed_tokens - self._recomputed_seen
         self._restarts_seen = self._engine.restarts
-        return {
-            "peak_bytes": platform.peak_resident_bytes(self._engine.pid),
-            "restarts": restarts,
-        }
+        self._recomputed_seen = self._engine.recomputed_tokens
+        if self._member is not None:
+            counts, self._member = self._member.counts, None
+            seen["migrated"], seen["kv_bytes"] = counts.given, counts.kv_bytes
+            seen["extract_s"] = counts.extract_s
+        return seen
 
     def close(self) -> None:
         """Ends the engine; leaves no process."""
+        if self._controller is not None:
+            self._controller.stop()
         if self._engine is not None:
             self._engine.close()
 
@@ -158,6 +279,20 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
     )
 
 
+def migration_options(args: argparse.Namespace) -> MigrationOptions:
+    """The `--rlhfuse-migration-*` flags."""
+    return MigrationOptions(
+        threshold=args.rlhfuse_migration_threshold or 0.0,
+        max_tokens=args.rollout_max_new_tokens,
+        policy=args.rlhfuse_migration_policy,
+        inference_instances=tuple(args.rlhfuse_migration_instances),
+        transfer=args.rlhfuse_migration_transfer,
+        batch_capacity=args.rlhfuse_migration_batch,
+        rebalance=args.rlhfuse_migration_rebalance,
+        max_num_seqs=args.rollout_max_num_seqs,
+    )
+
+
 def engine_options(args: argparse.Namespace, instance: int) -> EngineOptions:
     """How an instance's engine runs on this machine."""
     machine = platform.engine_defaults()
@@ -180,4 +315,6 @@ def engine_options(args: argparse.Namespace, instance: int) -> EngineOptions:
         start_timeout_s=args.rollout_start_timeout,
         step_timeout_s=args.rollout_step_timeout,
         enable_sleep=machine["can_sleep"],
+        migrates=args.fuses_rollout,
+        pace_s=args.rollout_pace,
     )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_rlhfuse.rollout import plugin
+from megatron_rlhfuse.rollout import plugin, resumption
 from megatron_rlhfuse.rollout.messages import EngineOptions
-from megatron_rlhfuse.rollout.samples import SamplingOptions
+from megatron_rlhfuse.rollout.samples import PartialSample, SamplingOptions
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -67,11 +67,24 @@ def build_engine(options: EngineOptions) -> LLMEngine:
             logprobs_mode="processed_logprobs",
             seed=options.seed,
             disable_log_stats=True,
+            **_for_migration(options),
         )
     )
     if options.device == "cpu" and options.tensor_parallel_size > 1:
         engine.collective_rpc(_unlink_shared_memory)
     return engine
+
+
+def _for_migration(options: EngineOptions) -> dict[str, Any]:
+    if not options.migrates:
+        return {}
+    from megatron_rlhfuse.rollout import kv_connector
+
+    return {
+        "kv_transfer_config": kv_connector.transfer_config(),
+        # A step under way would have moved generators past the last token that is known.
+        "async_scheduling": False,
+    }
 
 
 def _unlink_shared_memory(worker: object) -> None:
@@ -83,8 +96,18 @@ def _unlink_shared_memory(worker: object) -> None:
         path.unlink(missing_ok=True)
 
 
-def sampling_params(sampling: SamplingOptions, seed: int) -> SamplingParams:
-    """Options of one request; the output comes once, when it is finished."""
+def sampling_params(
+    sampling: SamplingOptions,
+    seed: int,
+    before: PartialSample | None = None,
+    kv_files: tuple[str, ...] = (),
+) -> SamplingParams:
+    """Options of one request; the output comes once, when it is finished.
+
+    Args:
+        before: what the request goes on from
+        kv_files: keys and values of that, one file for each worker; empty computes them again
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -104,4 +127,5 @@ def sampling_params(sampling: SamplingOptions, seed: int) -> SamplingParams:
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=resumption.extra_args(before, kv_files),
     )

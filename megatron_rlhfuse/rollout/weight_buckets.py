@@ -1,8 +1,7 @@
 """One version of the actor's weights in anonymous shared memory, ready for any engine to read.
 
 The trainer streams (Hugging Face name, full tensor) pairs; they are written into a row of sealed
-memory files in the safetensors layout. The files have no name in /dev/shm and vanish with the
-last process that holds them; a process of the same user opens them as /proc/<pid>/fd/<n>.
+memory files (memory_file).
 
 Host-memory cost: one full copy of the model in the stream's dtype for as long as the version is
 kept, two while the next version is being written. It is kept on purpose: an engine that is killed
@@ -12,28 +11,14 @@ other rank.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 from collections.abc import Iterable, Iterator
 
-import torch
+from megatron_rlhfuse.rollout.memory_file import NamedTensor, path_of, write_tensors
 
 BUCKET_BYTES = 256 << 20
 """Bounds what is held besides the memory files while a stream is written; larger buckets gain no
 speed, much smaller ones would cost a file descriptor each."""
-
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-
-# Names of the safetensors format.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-
-NamedTensor = tuple[str, torch.Tensor]
 
 
 class WeightBuckets:
@@ -61,7 +46,7 @@ class WeightBuckets:
         self._names: set[str] = set()
         try:
             for bucket in _group(self._checked(tensors), bucket_bytes):
-                self._files.append(_write(bucket))
+                self._files.append(write_tensors(bucket, "weights"))
                 self.bytes += sum(tensor.nbytes for _, tensor in bucket)
             if not self._files:
                 raise ValueError(f"weight version {version} has no tensors")
@@ -72,7 +57,7 @@ class WeightBuckets:
     @property
     def paths(self) -> tuple[str, ...]:
         """Path of each bucket for other processes of this user, as long as this one lives."""
-        return tuple(f"/proc/{os.getpid()}/fd/{fd}" for fd in self._files)
+        return tuple(path_of(fd) for fd in self._files)
 
     def require_names(self, expected: Iterable[str]) -> None:
         """Refuse weights that are not exactly the engine's.
@@ -105,8 +90,8 @@ class WeightBuckets:
         for name, tensor in tensors:
             if name in self._names:
                 raise ValueError(f"weight version {self.version} holds {name} twice")
-            if tensor.dtype not in _DTYPES:
-                raise ValueError(f"weight {name} is {tensor.dtype}; it must be one of {[*_DTYPES]}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"weight {name} is {tensor.dtype}; it must be floating point")
             self._names.add(name)
             # Device memory is the trainer's: hold the stream's tensors on the host.
             yield name, tensor.detach().to("cpu")
@@ -124,39 +109,3 @@ def _group(tensors: Iterable[NamedTensor], bucket_bytes: int) -> Iterator[list[N
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-def _write(bucket: list[NamedTensor]) -> int:
-    """Write one safetensors image into a new memory file; returns its descriptor.
-
-    The library's own writer goes through a temporary file and a rename, which a nameless file
-    does not allow, and through a second copy of the bytes.
-    """
-    # The format aligns tensors by order: wider types first, no gaps.
-    bucket = sorted(bucket, key=lambda item: -item[1].element_size())
-    header: dict[str, dict[str, object]] = {}
-    offset = 0
-    for name, tensor in bucket:
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    file = os.memfd_create("rlhfuse-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(file, "wb", closefd=False) as stream:
-            stream.write(len(text).to_bytes(8, "little"))
-            stream.write(text)
-            for _, tensor in bucket:
-                flat = tensor.contiguous().reshape(-1)
-                stream.write(flat.view(torch.uint8).numpy().data)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(file)
-        raise
-    return file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ SMALL = {
     "train-iters": 2,
     "lr": 1e-3,
     "seed": 7,
+    "rlhfuse-fusion": "none",
 }
 
 
@@ -36,31 +38,39 @@ class Job:
     """One run of pretrain_rlhf.py on two ranks; `flags` replace or add to SMALL by name.
 
     A flag set to True is given without a value, one set to None is left out. `environment` is set
-    besides this process's own.
+    besides this process's own. With two `nodes` each rank is started by a torchrun of its own, as
+    on two machines.
     """
 
     def __init__(
-        self, run_folder: Path, environment: Mapping[str, str] | None = None, **flags: object
+        self,
+        run_folder: Path,
+        environment: Mapping[str, str] | None = None,
+        nodes: int = 1,
+        **flags: object,
     ) -> None:
         assert TOY.is_dir(), "no toy models in build/toy: run `make toy`"
         run_folder.mkdir(parents=True, exist_ok=True)
         self.output_path = run_folder / "output.txt"
         given = {**SMALL, "rlhfuse-run-dir": run_folder}
         given |= {name.replace("_", "-"): value for name, value in flags.items()}
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        words.append("pretrain_rlhf.py")
+        words = ["pretrain_rlhf.py"]
         for name, value in given.items():
             if value is not None:
                 words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         self._output = self.output_path.open("w")
-        self.process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a signal to its group spares the tests
-        )
+        self._agents = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *node, *words],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that a signal to its group spares the tests
+            )
+            for node in _nodes(nodes)
+        ]
+        self.process = self._agents[0]
         self._seen: dict[int, psutil.Process] = {}
         self._shared_memory: set[Path] = set()
 
@@ -79,24 +89,27 @@ class Job:
         self.descendants()
 
     def wait(self, timeout_s: float = 300) -> int:
-        """The exit status of torchrun."""
+        """The exit status of torchrun; of two the first that is not 0."""
         try:
-            return self.process.wait(timeout_s)
+            statuses = [agent.wait(timeout_s) for agent in self._agents]
+            return next((status for status in statuses if status), 0)
         except subprocess.TimeoutExpired:
             self.kill_everything()
             raise AssertionError(f"still running after {timeout_s} s:\n{self.output}") from None
 
     def descendants(self) -> list[psutil.Process]:
         """All processes the job ever had, as far as they were seen."""
-        if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self._seen.setdefault(child.pid, child)
-                self._shared_memory |= _shared_memory(child.pid)
+        for agent in self._agents:
+            if agent.poll() is None:
+                for child in psutil.Process(agent.pid).children(recursive=True):
+                    self._seen.setdefault(child.pid, child)
+                    self._shared_memory |= _shared_memory(child.pid)
         return list(self._seen.values())
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, by rank."""
-        ranks = [p for p in psutil.Process(self.process.pid).children() if _is_rank(p)]
+        agents = [psutil.Process(agent.pid) for agent in self._agents]
+        ranks = [p for agent in agents for p in agent.children() if _is_rank(p)]
         return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
 
     def engine(self, rank: int) -> psutil.Process:
@@ -120,10 +133,24 @@ class Job:
 
     def kill_everything(self) -> None:
         """Ends every process of the job, whatever state it is in."""
-        for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+        for process in self.descendants():
             if process.is_running():
                 process.send_signal(signal.SIGKILL)
+        for agent in self._agents:
+            agent.kill()
         self._output.close()
+
+
+def _nodes(count: int) -> list[list[str]]:
+    """torchrun's flags on every node."""
+    if count == 1:
+        return [["--nproc-per-node", "2"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = ["--nnodes", str(count), "--nproc-per-node", "1"]
+    shared += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    return [[*shared, "--node-rank", str(node)] for node in range(count)]
 
 
 def _shared_memory(pid: int) -> set[Path]:

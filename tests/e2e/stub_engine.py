@@ -67,7 +67,7 @@ def main() -> None:
     if part == "start":
         die()
     if part != "silent":
-        connection.send(Ready(WEIGHT_NAMES))
+        connection.send(Ready(WEIGHT_NAMES, kv_tokens=1024, kv_bytes_per_token=8.0))
     if part == "deaf":
         time.sleep(600)
     version = -1

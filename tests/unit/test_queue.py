@@ -120,6 +120,35 @@ def test_scored_samples_are_collected(store: dist.TCPStore) -> None:
     assert [item.sample for item in read] == [sample(1), sample(0), sample(2)]
 
 
+def test_counts_are_of_what_is_finished_and_what_is_scored(store: dist.TCPStore) -> None:
+    queue, other = SampleQueue(store, LONG_S), consumer(store)
+    assert other.counts(ITERATION) == (0, 0)
+    fill(queue, 5)
+    assert other.counts(ITERATION) == (5, 0)
+    queue.take(ITERATION, 5, 3)  # taken is not scored
+    queue.push_scored(ITERATION, [scored(0), scored(1)])
+    assert other.counts(ITERATION) == (5, 2)
+    assert other.counts(ITERATION + 1) == (0, 0)
+
+
+def test_a_rank_without_an_engine_goes_on_once_its_instance_has_left(store: dist.TCPStore) -> None:
+    leader, waiter = SampleQueue(store, LONG_S), consumer(store)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(waiter.wait_left, ITERATION, 1)
+        assert leader.board(ITERATION).leave(0, known=0)
+        assert leader.board(ITERATION + 1).leave(1, known=0)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        assert leader.board(ITERATION).leave(1, known=0)
+        waiting.result(timeout=30)
+
+
+def test_an_instance_that_does_not_leave_is_named(store: dist.TCPStore) -> None:
+    queue = SampleQueue(store, SHORT_S)
+    with pytest.raises(StageTimeoutError, match=r"instance 1: .*--rlhfuse-stage-timeout"):
+        queue.wait_left(ITERATION, 1)
+
+
 def run_iteration(queue: SampleQueue, iteration: int, total: int = 3) -> None:
     fill(queue, total, iteration)
     queue.wait_finished(iteration, total)

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,105 +20,11 @@ from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.plan import make_plan, plan_to_json
 from megatron_rlhfuse.schedule.problem import parse_problem
+from tests.unit.conftest import Parse, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-Parse = Callable[..., argparse.Namespace]
 
 GROUPS = ("rlhfuse", "rlhfuse models", "rollout", "critic", "ppo")
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 100,
-    "max_position_embeddings": 256,
-}
-CLASSIFIER = {
-    **LLAMA,
-    "architectures": ["LlamaForSequenceClassification"],
-    "id2label": {"0": "score"},
-}
-
-
-@pytest.fixture(scope="session")
-def parser() -> argparse.ArgumentParser:
-    """Megatron's parser with our groups; made once, for it takes an import of five seconds."""
-    from megatron_rlhfuse import compat, platform
-
-    platform.prepare()
-    compat.apply()
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_rlhfuse.arguments import add_rlhfuse_arguments
-
-    made = argparse.ArgumentParser(prog="test", allow_abbrev=False)
-    return add_rlhfuse_arguments(add_megatron_arguments(made))
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """Folders of models, as far as flags are concerned: their configs."""
-    configs: dict[str, dict[str, Any]] = {
-        "actor": LLAMA,
-        "reward": CLASSIFIER,
-        "short": {**LLAMA, "max_position_embeddings": 32},
-        "other-words": {**CLASSIFIER, "vocab_size": 99},
-        "five-layers": {**CLASSIFIER, "num_hidden_layers": 5},
-        "gpt": {**LLAMA, "model_type": "gpt2"},
-    }
-    for name, config in configs.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    (tmp_path / "file").write_text("")
-    return tmp_path
-
-
-@pytest.fixture
-def parse(parser: argparse.ArgumentParser, folders: Path) -> Parse:
-    """parse("--flag value ...", world=1): the arguments of a job that runs, with these changes.
-
-    A flag given again replaces the one before it; "-" as its value leaves it out. In a value {}
-    stands for the folder of folders.
-    """
-    from megatron_rlhfuse.flag_rules import check_flags
-    from megatron_rlhfuse.validation import complete_flags
-
-    def parsed(flags: str = "", world: int = 1) -> argparse.Namespace:
-        given = {
-            "--actor-model": "{}/actor",
-            "--reward-model": "{}/reward",
-            "--prompt-data": "prompts.jsonl",
-            "--rollout-batch-size": "16",
-            "--global-batch-size": "8",
-            "--micro-batch-size": "2",
-            "--train-iters": "4",
-            "--lr": "1e-4",
-            "--rollout-max-prompt-tokens": "64",
-            "--rollout-max-new-tokens": "64",
-            "--rlhfuse-run-dir": "{}/run",
-        }
-        for word in flags.replace(" --", "\n--").splitlines():
-            name, _, value = word.partition(" ")
-            given[name] = value
-        words = [w for n, v in given.items() if v != "-" for w in (n, *v.split())]
-        args = parser.parse_args([word.replace("{}", str(folders)) for word in words])
-        args.rank, args.world_size = 0, world
-        check_flags(args)
-        return complete_flags(args)
-
-    return parsed
-
-
-def refusal(parse: Parse, flags: str, world: int = 1) -> str:
-    from megatron_rlhfuse.flag_error import FlagError
-
-    with pytest.raises(FlagError) as error:
-        parse(flags, world)
-    return str(error.value)
-
 
 # What is given, and what the refusal must say: the flag at fault, and the remedy.
 REFUSED: list[tuple[str, str, str]] = [
@@ -191,10 +96,10 @@ REFUSED: list[tuple[str, str, str]] = [
         "--rlhfuse-plan has no effect with --advantage-estimator reinforce++",
         "leave it out",
     ),
-    ("--rlhfuse-plan p.json", "--rlhfuse-plan has no effect", "--rlhfuse-fusion intra"),
-    ("--rlhfuse-plan-cache none", "--rlhfuse-plan-cache has no", "--rlhfuse-fusion intra"),
+    ("--rlhfuse-fusion none --rlhfuse-plan p.json", "--rlhfuse-plan has no effect", "intra"),
+    ("--rlhfuse-fusion none --rlhfuse-plan-cache none", "--rlhfuse-plan-cache has no", "intra"),
     (
-        "--rlhfuse-activation-memory-gib 1",
+        "--rlhfuse-fusion inter --rlhfuse-activation-memory-gib 1",
         "--rlhfuse-activation-memory-gib has no effect",
         "--rlhfuse-fusion intra",
     ),
@@ -456,7 +361,9 @@ def test_the_kl_estimator_follows_its_placement(parse: Parse, flags: str, estima
 @pytest.mark.parametrize(
     ("flags", "fuses"),
     [
-        ("", False),
+        ("", False),  # no pipeline, no bubbles
+        ("--rlhfuse-fusion none", False),
+        ("--rlhfuse-fusion inter", False),
         ("--rlhfuse-fusion intra", True),
         ("--rlhfuse-fusion both", True),
         ("--rlhfuse-fusion both --advantage-estimator reinforce++", False),
@@ -469,11 +376,33 @@ def test_training_is_fused_where_there_is_a_critic(parse: Parse, flags: str, fus
     assert (args.rlhfuse_plan_seconds, args.rlhfuse_activation_memory_gib) == (10.0, None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "training"),
+    [
+        ("--pipeline-model-parallel-size 2", True),
+        ("--pipeline-model-parallel-size 2 --advantage-estimator reinforce++", False),
+        ("--pipeline-model-parallel-size 2 --critic-pipeline-model-parallel-size 1", True),
+        # No fused pipeline has room for both, as the refusal of --rlhfuse-fusion intra says.
+        (
+            "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+            "--critic-tensor-model-parallel-size 4 --critic-pipeline-model-parallel-size 1",
+            False,
+        ),
+    ],
+)
+def test_by_default_everything_is_fused_that_can_be(
+    parse: Parse, flags: str, training: bool
+) -> None:
+    args = parse(flags, world=4)
+    assert args.fuses_rollout
+    assert args.fuses_training is training
+
+
 def test_the_critic_runs_opposite_to_the_actor_only_where_they_are_fused(parse: Parse) -> None:
     from megatron_rlhfuse.layouts import training_layouts
 
     sizes = "--pipeline-model-parallel-size 3"
-    alone = training_layouts(parse(sizes, world=3))
+    alone = training_layouts(parse(f"{sizes} --rlhfuse-fusion none", world=3))
     fused = training_layouts(parse(f"{sizes} --rlhfuse-fusion intra", world=3))
     assert alone[0] == alone[1] == fused[0]
     assert fused[1].ranks == (((2,), (1,), (0,)),)
