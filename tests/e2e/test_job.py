@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.e2e.jobs import TOY, Job
+from tests.e2e.runs import assert_equal_weights, metrics
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,6 @@ def four_iterations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert job.wait() == 0, job.output
     job.assert_nothing_left()
     return run
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_every_iteration_is_measured(four_iterations: Path) -> None:
@@ -154,9 +150,4 @@ def test_resumed_run_equals_uninterrupted_one_though_an_engine_is_killed(
     undisturbed = metrics(four_iterations)
     for name in ("reward_mean", "kl", "policy_loss", "value_loss", "kl_coefficient", "actor_lr"):
         assert [r[name] for r in records] == [r[name] for r in undisturbed], name
-    for model in ("actor", "critic"):
-        expected = load_file(four_iterations / "models" / model / "model.safetensors")
-        found = load_file(tmp_path / "models" / model / "model.safetensors")
-        assert expected.keys() == found.keys()
-        different = [name for name in expected if not torch.equal(expected[name], found[name])]
-        assert not different, f"{model}: {different}"
+    assert_equal_weights(tmp_path, four_iterations)

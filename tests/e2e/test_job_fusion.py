@@ -7,14 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megatron_rlhfuse.observe.metrics import METRICS
 from megatron_rlhfuse.observe.timeline import last_iteration
@@ -25,6 +23,15 @@ from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.plan import load_plan, make_plan, plan_to_json
 from tests.e2e.jobs import Job
+from tests.e2e.runs import (
+    Event,
+    assert_equal_weights,
+    end_of,
+    events_of,
+    learned,
+    metrics,
+    tracks,
+)
 
 ITERATIONS = 4
 STEPS = 4  # of an iteration: two epochs of two mini-batches
@@ -32,8 +39,6 @@ MICRO_BATCHES = 4  # of each model in a step
 SUBTASKS = 2 * 2 * MICRO_BATCHES  # of a rank in a step: forward and backward, actor and critic
 CLOCK_US = 2.0
 """Spans of the trace are time.time() seconds, exact to a quarter of a microsecond at each end."""
-
-Event = dict[str, Any]
 
 
 def run_to_end(run: Path, **flags: Any) -> Path:
@@ -88,42 +93,6 @@ def resumed(fused: Path, plan_file: Path, tmp_path_factory: pytest.TempPathFacto
     return run_to_end(run, rlhfuse_fusion="intra", rlhfuse_plan=plan_file, load=checkpoints)
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def learned(run: Path) -> list[dict[str, Any]]:
-    """The metrics of every iteration, without those of time and memory."""
-    measured = {name for name, metric in METRICS.items() if metric.group in ("time", "fusion")}
-    measured |= {"time", "fusion", "peak_rss_mb"}
-    return [{k: v for k, v in record.items() if k not in measured} for record in metrics(run)]
-
-
-def assert_equal_weights(run: Path, expected: Path) -> None:
-    """Every tensor of both models, bit for bit."""
-    for model in ("actor", "critic"):
-        found, wanted = (
-            load_file(folder / "models" / model / "model.safetensors") for folder in (run, expected)
-        )
-        assert found.keys() == wanted.keys()
-        assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
-
-
-def events_of(run: Path) -> list[Event]:
-    return json.loads((run / "trace.json").read_text())["traceEvents"]
-
-
-def tracks(run: Path) -> dict[tuple[int, str], list[Event]]:
-    """Spans by rank and track, in order."""
-    events = events_of(run)
-    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    found: dict[tuple[int, str], list[Event]] = defaultdict(list)
-    for event in events:
-        if event["ph"] == "X":
-            found[event["pid"], names[event["pid"], event["tid"]]].append(event)
-    return found
-
-
 def subtasks(rank: int) -> Counter[tuple[Any, ...]]:
     """What a rank does in a step; the critic's stages stand on the ranks in reverse."""
     return Counter(
@@ -154,10 +123,6 @@ def assert_one_after_the_other(spans: Sequence[Event]) -> None:
         assert end_of(earlier) <= later["ts"] + 1e-3  # a nanosecond, in floats
 
 
-def end_of(span: Event) -> float:
-    return span["ts"] + span["dur"]
-
-
 def split_before(spans: Sequence[Event], name: str) -> list[Sequence[Event]]:
     """The spans in lots, each of which begins with one of this name."""
     starts = [position for position, span in enumerate(spans) if span["name"] == name]
@@ -179,7 +144,9 @@ def test_a_job_without_fusion_says_so(unfused: Path) -> None:
     fusion_fields = {name for name, metric in METRICS.items() if metric.group == "fusion"}
     for record in metrics(unfused):
         assert record["fusion"] == "none" and not fusion_fields & record.keys()
-    assert not any("pipeline" in track for _, track in tracks(unfused))
+    found = tracks(unfused)
+    assert not any("pipeline" in track for _, track in found)
+    assert {"actor step", "critic step"} <= {event["name"] for event in found[0, "main"]}
 
 
 def test_fused_steps_are_measured(fused: Path) -> None:
