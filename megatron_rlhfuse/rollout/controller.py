@@ -86,6 +86,7 @@ class MigrationController:
     ) -> None:
         """Watches an iteration. finished: samples finished and samples scored so far."""
         self._stop.clear()
+        self._fault = None
         self.decision = Decision()
         self._thread = threading.Thread(
             target=self._run, args=(rollout, board, finished), name="migration", daemon=True

@@ -215,6 +215,8 @@ class GenerationEngine:
                 )
         if self._loaded is None and self._loading is None:
             self._load_weights()  # discarded by sleep
+        if not self._pending:
+            self.observations = None  # they are of other samples, perhaps under the same numbers
         tickets = {next(self._tickets): request for request in requests}
         self._pending |= tickets
         self._supervisor.send(Submit(tuple(tickets.items())))

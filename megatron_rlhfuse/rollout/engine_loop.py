@@ -229,7 +229,7 @@ class EngineLoop:
         admitted = [r for r in self._core.scheduler.running if r.request_id not in ran]
         if admitted:
             self._prefill_seconds += seconds
-            self._prefill_tokens += sum(request.num_tokens for request in admitted)
+            self._prefill_tokens += sum(map(self._computed, admitted))
         if self._transfer is not None and (resumed := self._transfer.take_resumed()):
             self._outbox.put(Resumed(*resumed))
         self._steps += 1
@@ -241,6 +241,12 @@ class EngineLoop:
         if self._window.age() >= PROGRESS_INTERVAL_S and self._outbox.empty:
             self._outbox.put(self._progress())
             self._window = _Window()
+
+    def _computed(self, request: Any) -> int:
+        """Tokens computed for a request that was admitted just now."""
+        held = self._requests[self._tickets[request.request_id]]
+        came = held.before.kv_tokens if held.before is not None and held.files is not None else 0
+        return int(request.num_tokens) - came
 
     def _sample(self, output: Any) -> Sample:
         held = self._requests[int(output.request_id)]

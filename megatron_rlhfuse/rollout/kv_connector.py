@@ -45,7 +45,6 @@ def transfer_config() -> KVTransferConfig:
         kv_connector=BlockImporter.__name__,
         kv_connector_module_path=__name__,
         kv_role="kv_both",
-        kv_load_failure_policy="recompute",
     )
 
 
@@ -75,7 +74,6 @@ class BlockImporter(KVConnectorBase_V1):
         self._due: dict[str, _Import] = {}
         self._caches: dict[str, torch.Tensor] = {}
         self._blocks: int = kv_cache_config.num_blocks if kv_cache_config is not None else 0
-        self._failed: set[int] = set()
         self.resumed = 0
         self.recomputed = 0
         """Requests of other engines that were scheduled first, and the tokens computed for that."""
@@ -121,14 +119,9 @@ class BlockImporter(KVConnectorBase_V1):
         imports = self._get_connector_metadata()
         assert isinstance(imports, _Imports)
         for each in imports.requests:
-            try:
-                self._load(each)
-            except (OSError, SafetensorError, RuntimeError):
-                self._failed |= set(each.blocks)  # computed again
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        failed, self._failed = self._failed, set()
-        return failed
+            # What fails here, though it was checked, ends the engine: vLLM would compute the blocks
+            # again, but the request's generator would have made a draw too many.
+            self._load(each)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Everything is there before the first layer runs."""
@@ -222,17 +215,19 @@ class OpenFiles:
     Whoever wrote them may end in between.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        """Raises OSError or SafetensorError for a file that is gone or no whole image."""
+    def __init__(self, paths: Sequence[str], blocks: int) -> None:
+        """Raises OSError, SafetensorError or ValueError for a file that cannot be used: it is
+        gone, no whole image, or one of another number of blocks."""
         self._descriptors: list[int] = []
-        self.bytes = 0
         try:
             for path in paths:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._descriptors.append(descriptor)
-                self.bytes += os.fstat(descriptor).st_size
                 with safe_open(path_of(descriptor), framework="pt", device="cpu") as file:
-                    file.keys()
+                    for name in file.offset_keys():
+                        shape = file.get_slice(name).get_shape()
+                        if blocks not in shape:
+                            raise ValueError(f"{name} is {shape}, without {blocks} blocks")
         except BaseException:
             self.close()
             raise
@@ -291,9 +286,10 @@ class KVTransfer:
         """The files of a sample that goes on here; None for one without, or with unusable ones."""
         if not sample.kv_files:
             return None
+        size = self._engine.engine_core.engine_core.vllm_config.cache_config.block_size
         try:
-            return OpenFiles(sample.kv_files)
-        except (OSError, SafetensorError) as error:
+            return OpenFiles(sample.kv_files, -(-sample.kv_tokens // size))
+        except (OSError, SafetensorError, ValueError) as error:
             logger.warning(
                 "sample %d: its keys and values cannot be read (%s); they are computed again",
                 sample.sample_id,

@@ -24,11 +24,17 @@ TOKENS = 4
 """Of every prompt and of every response so far."""
 
 
-def partial_sample(sample_id: int, kv_files: tuple[str, ...] = ()) -> PartialSample:
+def file_of(instance: int) -> str:
+    return f"/proc/1{instance}/fd/3"
+
+
+def relayed_from(instance: int) -> str:
+    return f"/proc/9{instance}/fd/4"
+
+
+def partial_sample(sample_id: int) -> PartialSample:
     request = GenerationRequest(sample_id, (1,) * TOKENS, 7)
-    response, log_probs = (5,) * TOKENS, (-0.5,) * TOKENS
-    kv_tokens = TOKENS if kv_files else 0
-    return PartialSample(request, response, log_probs, None, kv_tokens, kv_files, 1, 0.0)
+    return PartialSample(request, (5,) * TOKENS, (-0.5,) * TOKENS, None, 0, (), 1, 0.0)
 
 
 @dataclass
@@ -60,7 +66,7 @@ class BookKeepingEngine:
         left = [self.pending.pop(each) for each in sample_ids if each in self.pending]
         exported = set(with_kv)
         samples = [
-            replace(s, kv_files=(f"of {self.instance}",), kv_tokens=TOKENS)
+            replace(s, kv_files=(file_of(self.instance),), kv_tokens=TOKENS)
             if s.sample_id in exported
             else s
             for s in left
@@ -124,7 +130,7 @@ def test_samples_are_given_and_taken(stage: MakeStage) -> None:
     assert not destination.expects
     assert job.has() == [[1], [0, 2, 3]]
     taken = job.engines[1].pending
-    assert [taken[each].kv_files for each in (0, 2, 3)] == [("of 0",), (), ()]
+    assert [taken[each].kv_files for each in (0, 2, 3)] == [(file_of(0),), (), ()]
     assert (source.counts.given, source.counts.taken) == (2, 0)
     assert (source.counts.kv_bytes, source.counts.extract_s) == (100, 0.25)
     assert (destination.counts.given, destination.counts.taken) == (0, 2)
@@ -239,7 +245,7 @@ class BookKeepingRelay:
 
     def receive(self, sample: PartialSample, source: int) -> PartialSample:
         assert self.sent.pop(0)[0] == sample.sample_id
-        return replace(sample, kv_files=(f"relayed from {source}",))
+        return replace(sample, kv_files=(relayed_from(source),))
 
 
 def test_files_are_relayed_to_other_nodes_only(stage: MakeStage) -> None:
@@ -251,8 +257,8 @@ def test_files_are_relayed_to_other_nodes_only(stage: MakeStage) -> None:
     for member in job.members[1:]:
         member.step()
     assert job.has() == [[], [0], [1, 2]]
-    assert job.engines[1].pending[0].kv_files == ("of 0",)
-    assert job.engines[2].pending[1].kv_files == ("relayed from 0",)
+    assert job.engines[1].pending[0].kv_files == (file_of(0),)
+    assert job.engines[2].pending[1].kv_files == (relayed_from(0),)
     assert job.engines[2].pending[2].kv_files == ()
 
 
@@ -260,7 +266,7 @@ INSTANCES, SAMPLES = 4, 12
 
 
 @given(st.lists(st.tuples(st.sampled_from("sfp"), st.integers(0, 1 << 20)), max_size=60))
-def test_whatever_happens_when_every_sample_is_finished_once(
+def test_in_any_order_of_events_every_sample_is_finished_once(
     tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]]
 ) -> None:
     samples = [range(i, SAMPLES, INSTANCES) for i in range(INSTANCES)]

@@ -23,6 +23,11 @@ requests = st.builds(
 )
 
 
+kv_files = st.lists(
+    st.builds("/proc/{}/fd/{}".format, st.integers(1, 1 << 22), st.integers(0, 1 << 16)), max_size=3
+).map(tuple)
+
+
 @st.composite
 def partial_samples(draw: st.DrawFn) -> PartialSample:
     request, response = draw(requests), draw(token_ids)
@@ -32,7 +37,7 @@ def partial_samples(draw: st.DrawFn) -> PartialSample:
         log_probs=tuple(draw(finite) for _ in response),
         generator=draw(st.none() | st.binary(max_size=50)),
         kv_tokens=draw(st.integers(0, len(request.prompt) + len(response) - 1)),
-        kv_files=tuple(draw(st.lists(st.text(max_size=20), max_size=3))),
+        kv_files=draw(kv_files),
         weight_version=draw(st.integers(0, 1 << 30)),
         started=draw(st.floats(0, 1e10)),
     )
@@ -89,6 +94,10 @@ def test_a_field_too_few_or_too_many_is_refused() -> None:
         (changed(generator="no base64!"), "base64"),
         (changed(log_probs=[-0.5]), "sample 3: 2 response tokens"),
         (changed(kv_tokens=4), "kv_tokens is 4"),
+        (changed(kv_files=[7]), "kv_files: want paths of memory files, got 7"),
+        (changed(kv_files=["/etc/passwd"]), "want paths of memory files, got '/etc/passwd'"),
+        (changed(kv_files=["/proc/1/fd/5/../../mem"]), "want paths of memory files"),
+        (changed(kv_files=["/proc/1/fd/5\n"]), "want paths of memory files"),
     ],
 )
 def test_bytes_that_are_no_partial_sample_are_refused(data: bytes, message: str) -> None:
