@@ -292,7 +292,10 @@ def _share_gloo_device() -> None:
         timeout: timedelta = torch.distributed.default_pg_timeout,
     ) -> None:
         if not shared:
-            shared.append(gloo.create_default_device())
+            # Torch's own choice, which heeds GLOO_SOCKET_IFNAME.
+            original(self, store, rank, size, timeout)
+            shared.extend(self.options._devices)
+            return
         options = gloo._Options()
         options._devices = list(shared)
         options._timeout = timeout

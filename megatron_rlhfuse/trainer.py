@@ -162,7 +162,12 @@ class Trainer:
         """Inference instances score all samples; returns them by sample id, on every rank."""
         with self._stage("inference"):
             total = len(prompts)
+            if self.args.fuses_rollout:
+                self.generation.release(self.queue, iteration, self.inference.instance.ranks)
             scoring = self.inference.instance.score_all(self.queue, iteration, total, prompts)
+            if self.args.fuses_rollout:
+                with self.tracer.span("wait for other ranks", "wait"):
+                    self.queue.wait_scored(iteration, total)
             collected = self.queue.collect(iteration, total) if dist.get_rank() == 0 else None
             scored = [ScoredSample.from_bytes(m) for m in broadcast_messages(collected, 0)]
         self._rollout.finish(scoring, scored)

@@ -94,6 +94,8 @@ class InferenceInstance:
         self._micro_batch_size = micro_batch_size
         self._tracer = tracer
         block = torch.distributed.get_process_group_ranks(groups.pgc.mp)
+        self.ranks = block
+        """Of this instance."""
         self._leader = block[0]
         self._is_leader = torch.distributed.get_rank() == self._leader
         # Scores come out of the last stage; its first tensor-parallel rank reports them.

@@ -84,12 +84,24 @@ class SampleQueue:
         """Where the generation instances of the iteration meet."""
         return MigrationBoard(self._store, iteration)
 
-    def wait_left(self, iteration: int, instance: int) -> None:
-        """Returns once a generation instance has no samples any more."""
+    def wait_released(self, iteration: int, instance: int) -> None:
+        """Returns once a generation instance has no samples any more, and no memory."""
         board = self.board(iteration)
         self._wait(
-            lambda: instance in board.read().left,
+            lambda: board.is_released(instance),
             lambda: f"generation instance {instance}: not released",
+        )
+
+    def wait_scored(self, iteration: int, total: int) -> None:
+        """Returns once all `total` samples of the iteration are scored.
+
+        For ranks that have nothing more to score: in a collective they would wait under the time
+        limit of its group, which knows nothing of how long a tail may take.
+        """
+        key = f"{iteration}/scored_count"
+        self._wait(
+            lambda: self._store.add(key, 0) >= total,
+            lambda: f"inference: {self._store.add(key, 0)} of {total} samples scored",
         )
 
     def push_scored(self, iteration: int, scored: Sequence[ScoredSample]) -> None:

@@ -87,9 +87,7 @@ def build_links(layout: Layout, name: str, timeout: timedelta) -> Links:
                     elif rank == receiver:
                         ends["sources"][kind] = Channel(group, sender, 0)
     links = Links(ends["sources"], ends["targets"], layout.pp - 1, timeout)
-    # NCCL makes a pair's connection in its first message, and even a receive that is only posted
-    # then holds the host up until the peer comes: in the middle of a schedule, a deadlock.
-    measure_transfer(links, 1, torch.float32)
+    _connect(links)
     return links
 
 
@@ -141,6 +139,28 @@ class Transfers:
         """Waits for the oldest send of a kind, and lets its tensor go."""
         _, work = self._going[kind].popleft()
         platform.wait_for(work, timeout)
+
+
+def _connect(links: Links) -> None:
+    """Goes over every edge once, both ways. COLLECTIVE over the pipeline.
+
+    NCCL makes a pair's connection in its first message, and even a receive that is only posted
+    then holds the host up until the peer comes: in the middle of a schedule, a deadlock. So edges
+    are gone through in ascending order, and at each both ends do the same channel at a time.
+    """
+    message = torch.zeros(1, device=platform.device())
+    for source, target, leads in (
+        (links.sources["F"], links.targets["B"], False),
+        (links.sources["B"], links.targets["F"], True),
+    ):
+        if source is None or target is None:
+            continue
+        if leads:
+            target.group.send([message], target.position, 0).wait()
+        source.group.recv([message], source.position, 0).wait()
+        if not leads:
+            target.group.send([message], target.position, 0).wait()
+        platform.synchronize()
 
 
 def measure_transfer(links: Links, elements: int, dtype: torch.dtype) -> float:

@@ -5,7 +5,7 @@ Invariants
   changed by compare-and-set: none leaves while samples are on their way to it, none is chosen
   after it has left;
 - messages are JSON, written and read by this project's types only;
-- keys carry the iteration, and are deleted in the one after the next.
+- keys carry the iteration, and are deleted in the next one, when nobody asks any more.
 """
 
 from __future__ import annotations
@@ -91,6 +91,14 @@ class MigrationBoard:
             if self._change(raw, Board(board.left, (*board.migrations, migration))):
                 return True
 
+    def release(self, instance: int) -> None:
+        """Says that an instance that has left has given its memory back, too."""
+        self._store.set(self._key(f"released/{instance}"), "1")
+
+    def is_released(self, instance: int) -> bool:
+        """Whether the ranks of an instance may take its memory."""
+        return bool(self._store.check([self._key(f"released/{instance}")]))
+
     def report(self, report: Report) -> None:
         """Replaces what this instance told last."""
         self._store.set(self._key(f"report/{report.instance}"), json.dumps(asdict(report)))
@@ -125,7 +133,7 @@ class MigrationBoard:
         for name in ("version", "board"):
             self._store.delete_key(self._key(name))
         for instance in range(instances):
-            for name in ("report", "samples"):
+            for name in ("report", "samples", "released"):
                 self._store.delete_key(self._key(f"{name}/{instance}"))
 
     def _key(self, name: str) -> str:

@@ -29,7 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from megatron_rlhfuse.rollout.memory_file import path_of, write_tensors
+from megatron_rlhfuse.rollout.memory_file import is_sealed, path_of, write_tensors
 from megatron_rlhfuse.rollout.resumption import FILES, TOKENS, is_resumed
 from megatron_rlhfuse.rollout.samples import PartialSample
 
@@ -221,8 +221,11 @@ class OpenFiles:
         self._descriptors: list[int] = []
         try:
             for path in paths:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                # Whatever stands there now: a pipe must not hold the engine up.
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 self._descriptors.append(descriptor)
+                if not is_sealed(descriptor):
+                    raise ValueError(f"{path} is no sealed memory file")
                 with safe_open(path_of(descriptor), framework="pt", device="cpu") as file:
                     for name in file.offset_keys():
                         shape = file.get_slice(name).get_shape()

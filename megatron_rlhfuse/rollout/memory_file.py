@@ -34,6 +34,14 @@ def path_of(descriptor: int) -> str:
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
+def is_sealed(descriptor: int) -> bool:
+    """Whether an open file is a memory file that nobody can change any more.
+
+    Raises OSError for any other kind of file.
+    """
+    return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+
+
 def write_tensors(tensors: Sequence[NamedTensor], label: str) -> int:
     """Writes a safetensors image into a new memory file, seals it and returns its descriptor.
 

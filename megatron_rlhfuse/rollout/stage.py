@@ -15,6 +15,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -102,7 +103,8 @@ class GenerationStage:
         if not self._args.fuses_rollout:
             return
         if len(set(self._nodes)) > 1:
-            self._relay = GlooRelay(dist.new_group(backend="gloo"), self._block)
+            limit = timedelta(seconds=self._args.rlhfuse_stage_timeout)
+            self._relay = GlooRelay(dist.new_group(backend="gloo", timeout=limit), self._block)
         if self._args.rank == 0:
             assert self._engine is not None
             self._controller = MigrationController(
@@ -117,12 +119,10 @@ class GenerationStage:
     ) -> list[Sample]:
         """Makes this instance's samples of the iteration and offers each as it finishes.
 
-        Fused, returns once this rank's block of ranks is released. `prompts`: by sample id. Returns
-        the samples finished by this rank's engine.
+        Fused, returns once the engine has no samples any more, its own or migrated ones. `prompts`:
+        by sample id. Returns the samples finished by this rank's engine.
         """
         if self._engine is None:
-            if self._args.fuses_rollout:
-                queue.wait_left(iteration, self._instance)
             return []
         if self._controller is not None:
             self._watch(queue, iteration, prompts)
@@ -163,6 +163,13 @@ class GenerationStage:
             else:
                 time.sleep(_MEMBER_POLL_S / 10)  # something is on its way here
 
+    def release(self, queue: SampleQueue, iteration: int, ranks: Sequence[int]) -> None:
+        """After `sleep`, fused: gives this rank's block free, and waits until `ranks` are free."""
+        if self._engine is not None:
+            queue.board(iteration).release(self._instance)
+        for instance in sorted({rank // self._block for rank in ranks}):
+            queue.wait_released(iteration, instance)
+
     def _watch(self, queue: SampleQueue, iteration: int, prompts: Sequence[Prompt]) -> None:
         assert self._controller is not None and self._engine is not None
         if iteration > 1:
@@ -190,6 +197,10 @@ class GenerationStage:
 
         lengths: of all responses; scored, scoring_s: by this rank's inference instance
         """
+        if self._engine is not None and self._args.fuses_rollout:
+            self._engine.forget_exports()  # all samples are finished: nobody reads them any more
+        if self._relay is not None:
+            self._relay.forget()
         if self._controller is None:
             return None
         self._controller.meter.inference(scored, scoring_s)
@@ -221,11 +232,7 @@ class GenerationStage:
         """Takes that memory again, before new weights arrive."""
         platform.release_memory()
         if self._engine is not None:
-            if self._args.fuses_rollout:
-                self._engine.forget_exports()
             self._engine.wake()
-        if self._relay is not None:
-            self._relay.forget()
 
     def observe(self) -> dict[str, float]:
         """`peak_bytes` of this rank's engine, and since the last call its `restarts`, the samples
@@ -315,6 +322,9 @@ def engine_options(args: argparse.Namespace, instance: int) -> EngineOptions:
         start_timeout_s=args.rollout_start_timeout,
         step_timeout_s=args.rollout_step_timeout,
         enable_sleep=machine["can_sleep"],
-        migrates=args.fuses_rollout,
+        # A threshold of None is chosen anew in every iteration.
+        migrates=args.fuses_rollout
+        and args.rollout_instances > 1
+        and args.rlhfuse_migration_threshold != 0,
         pace_s=args.rollout_pace,
     )

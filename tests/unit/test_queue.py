@@ -131,22 +131,42 @@ def test_counts_are_of_what_is_finished_and_what_is_scored(store: dist.TCPStore)
     assert other.counts(ITERATION + 1) == (0, 0)
 
 
-def test_a_rank_without_an_engine_goes_on_once_its_instance_has_left(store: dist.TCPStore) -> None:
+def test_ranks_go_on_once_an_instance_is_released(store: dist.TCPStore) -> None:
     leader, waiter = SampleQueue(store, LONG_S), consumer(store)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(waiter.wait_left, ITERATION, 1)
-        assert leader.board(ITERATION).leave(0, known=0)
-        assert leader.board(ITERATION + 1).leave(1, known=0)
+        waiting = pool.submit(waiter.wait_released, ITERATION, 1)
+        leader.board(ITERATION).release(0)
+        leader.board(ITERATION + 1).release(1)
+        # To have left is not enough: its engine still has its memory.
+        assert leader.board(ITERATION).leave(1, known=0)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.1)
-        assert leader.board(ITERATION).leave(1, known=0)
+        leader.board(ITERATION).release(1)
         waiting.result(timeout=30)
+
+
+def test_ranks_without_work_wait_until_all_is_scored(store: dist.TCPStore) -> None:
+    queue, waiter = SampleQueue(store, LONG_S), consumer(store)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(waiter.wait_scored, ITERATION, 2)
+        queue.push_scored(ITERATION, [scored(0)])
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        queue.push_scored(ITERATION, [scored(1)])
+        waiting.result(timeout=30)
+
+
+def test_scoring_that_does_not_end_is_counted(store: dist.TCPStore) -> None:
+    queue = SampleQueue(store, SHORT_S)
+    queue.push_scored(ITERATION, [scored(0)])
+    with pytest.raises(StageTimeoutError, match=r"1 of 2 samples scored"):
+        queue.wait_scored(ITERATION, 2)
 
 
 def test_an_instance_that_does_not_leave_is_named(store: dist.TCPStore) -> None:
     queue = SampleQueue(store, SHORT_S)
     with pytest.raises(StageTimeoutError, match=r"instance 1: .*--rlhfuse-stage-timeout"):
-        queue.wait_left(ITERATION, 1)
+        queue.wait_released(ITERATION, 1)
 
 
 def run_iteration(queue: SampleQueue, iteration: int, total: int = 3) -> None:
