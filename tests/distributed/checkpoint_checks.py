@@ -28,7 +28,7 @@ FLAGS = """
     --pipeline-model-parallel-size 2 --critic-tensor-model-parallel-size 2
     --critic-pipeline-model-parallel-size 1 --rollout-batch-size 8 --global-batch-size 4
     --micro-batch-size 2 --train-iters 4 --lr 1e-3 --lr-warmup-iters 1 --weight-decay 0.1
-    --ppo-kl-target 0.5 --ppo-kl-horizon 40 --seed 3
+    --ppo-kl-target 0.5 --ppo-kl-horizon 40 --seed 3 --rlhfuse-fusion none
 """
 Results = dict[str, Any]
 

@@ -104,7 +104,7 @@ class StubEngine:
     """Stands for `GenerationEngine`: random tokens, a function of the request's seed."""
 
     pid = None
-    restarts = 0
+    restarts = recomputed_tokens = 0
 
     def __init__(self, instance: int, options: Any, sampling: Any) -> None:
         self.instance, self.options = instance, options
