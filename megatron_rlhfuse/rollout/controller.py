@@ -49,7 +49,6 @@ class Rollout:
     """Mean."""
     max_num_seqs: int
     kv_capacity: int
-    nodes: tuple[str, ...]
 
 
 @dataclass

@@ -189,7 +189,6 @@ class GenerationStage:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) / len(prompts),
             max_num_seqs=args.rollout_max_num_seqs,
             kv_capacity=self._engine.built.kv_tokens,
-            nodes=self._nodes,
         )
 
     def finish(self, lengths: Sequence[int], scored: int, scoring_s: float) -> Decision | None:

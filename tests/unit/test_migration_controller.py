@@ -26,7 +26,6 @@ ROLLOUT = Rollout(
     prompt_tokens=10.0,
     max_num_seqs=8,
     kv_capacity=1000,
-    nodes=("n", "n"),
 )
 
 
