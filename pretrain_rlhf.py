@@ -15,7 +15,7 @@ def main() -> None:
 
     with Trainer(args) as trainer:
         for iteration in trainer.iterations():
-            prompts = trainer.next_prompts()
+            prompts = trainer.next_prompts(iteration)
             trainer.generate(iteration, prompts)
             scored = trainer.infer(iteration, prompts)
             trainer.train(iteration, scored)

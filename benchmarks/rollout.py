@@ -1,7 +1,8 @@
-"""Generation and inference, serial and fused, with real engines: how much faster, and as predicted?
+"""Generation and inference with real engines, two ways by turns: how much faster, as predicted?
 
-    python benchmarks/rollout.py [--pace S] [--repeats N] [--samples N] [--threshold auto|F]
-                                 [--transfer auto|kv|tokens] [--model toy|50m]
+    python benchmarks/rollout.py [--compare fusion|dispatch|rebalance|extra-prompts] [--pace S]
+                                 [--repeats N] [--samples N] [--threshold auto|F] [--max-num-seqs N]
+                                 [--transfer auto|kv|tokens] [--model toy|50m] [--extra F]
     python benchmarks/rollout.py --transfer-costs
 
 Two ranks, each with a vLLM engine and an inference instance, on as many cores. A rollout of the
@@ -9,10 +10,15 @@ same prompts with the same seeds is made both ways, by turns; times are medians.
 of an engine takes at least so long, as on a GPU that decodes few sequences as fast as one; without
 it engines and inference compete for the cores, which two GPUs' memory-bound decoding does not.
 
-Progress goes to standard error. The last line of standard output is JSON: serial_s, fused_s,
-speedup; predicted_serial_s, predicted_fused_s, predicted_speedup, which the simulation makes of the
-rates measured before and the lengths that came out; migrated (samples per rollout),
-recomputed_tokens_per_sample, mismatched_tokens (between the two ways), threshold, paced.
+--compare: `fusion`, serial and fused; `dispatch`, round-robin and longest-first (it matters where
+--max-num-seqs lets samples wait); `rebalance`, one migration and as many as pay; `extra-prompts`,
+every prompt trained at once, and the longest deferred to an iteration of their own (--extra).
+
+Progress goes to standard error. The last line of standard output is JSON. Of `fusion`: serial_s,
+fused_s, speedup; predicted_serial_s, predicted_fused_s, predicted_speedup, which the simulation
+makes of the rates measured before and the lengths that came out; migrated (samples per rollout),
+recomputed_tokens_per_sample, mismatched_tokens (between the two ways), threshold, paced. The others
+name their two sides, and give a speedup too.
 
 --transfer-costs migrates samples of a 50M-parameter model at contexts of 100, 400 and 1600 tokens,
 with keys and values and with tokens only: seconds that the source is held up, and seconds until
@@ -41,16 +47,32 @@ def main() -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--transfer-costs", action="store_true")
+    parser.add_argument(
+        "--compare",
+        choices=["fusion", "dispatch", "rebalance", "extra-prompts"],
+        default="fusion",
+        help="the two ways",
+    )
     parser.add_argument("--pace", type=float, default=0.02, help="seconds of a step, at least")
     parser.add_argument("--repeats", type=int, default=5, help="rollouts each way")
     parser.add_argument("--samples", type=int, default=64, help="of a rollout")
     parser.add_argument("--threshold", default="auto", help="--rlhfuse-migration-threshold")
     parser.add_argument("--transfer", default="auto", help="--rlhfuse-migration-transfer")
     parser.add_argument("--model", choices=["toy", "50m"], default="toy")
+    parser.add_argument(
+        "--fusion",
+        choices=["none", "inter"],
+        default="inter",
+        help="of both sides, where it is not what is compared",
+    )
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="--rollout-max-num-seqs")
+    parser.add_argument("--extra", type=float, default=0.25, help="--rollout-extra-prompts")
     parser.add_argument("--tokens", type=int, default=160, help="longest response")
     options = parser.parse_args()
     if options.repeats < 1 or options.samples < 2 or options.samples % 2:
         parser.error("--repeats must be at least 1, --samples even and at least 2")
+    if options.compare in ("fusion", "rebalance") and options.fusion == "none":
+        parser.error(f"--compare {options.compare} wants --fusion inter")
     if not (TOY / "actor").is_dir():
         parser.error(f"no toy models in {TOY}; run `make toy`")
     with tempfile.TemporaryDirectory(prefix="rollout-") as scratch:
@@ -73,6 +95,7 @@ def main() -> int:
             if run.returncode:
                 return run.returncode
             result = json.loads((folder / "result.json").read_text())
+            result |= {"compare": options.compare, "fusion": options.fusion}
             result |= {"paced": options.pace > 0, "pace_s": options.pace, "model": options.model}
     print(json.dumps(result))
     return 0
@@ -93,7 +116,9 @@ def _command(options: argparse.Namespace, folder: Path) -> list[str]:
         "micro-batch-size": 2,
         "train-iters": options.repeats,
         "lr": 1e-5,
-        "rlhfuse-fusion": "inter",
+        "rlhfuse-fusion": options.fusion,
+        "rollout-max-num-seqs": options.max_num_seqs,
+        "rollout-extra-prompts": options.extra if options.compare == "extra-prompts" else 0,
         "rlhfuse-migration-threshold": options.threshold,
         "rlhfuse-migration-transfer": options.transfer,
         "rlhfuse-run-dir": folder / "run",
@@ -101,18 +126,20 @@ def _command(options: argparse.Namespace, folder: Path) -> list[str]:
     if options.model == "toy":
         flags["reward-model"] = TOY / "reward"
     else:
-        # Random weights never stop by themselves: one token in thirty ends a response.
-        flags["reward-function"] = f"{WORKERS.with_name('rollout_models.py')}:no_reward"
+        flags["reward-function"] = "rollout_models:no_reward"  # beside the workers' script
         flags["critic-model"] = model
     pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    stops = ["--rollout-stop-token-ids", *map(str, range(0, 512, 30))]
+    # Random weights never stop by themselves: one token in thirty ends a response.
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    stops = ["--rollout-stop-token-ids", *map(str, range(0, vocabulary, 30))]
     return [
         *torchrun,
         *rendezvous,
         str(WORKERS),
         str(folder / "result.json"),
+        options.compare,
         *pairs,
         *(stops if options.model != "toy" else []),
     ]

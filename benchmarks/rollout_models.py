@@ -32,7 +32,7 @@ def make_random_model(folder: Path, tokenizer: Path) -> None:
         )
     )
     model.save_pretrained(folder)
-    for path in tokenizer.glob("*token*"):
+    for path in (*tokenizer.glob("*token*"), *tokenizer.glob("*.jinja")):
         shutil.copy(path, folder / path.name)
 
 

@@ -183,6 +183,7 @@ def _check_migration(args: argparse.Namespace) -> None:
             "other: give both, or neither"
         )
     _need(args, "rlhfuse_migration_batch", lambda value: value >= 1, "must be at least 1")
+    _need(args, "rollout_extra_prompts", lambda value: 0 <= value <= 4, "must be from 0 to 4")
     _need(args, "rollout_pace", lambda value: 0 <= value < math.inf, "must be 0 or more seconds")
     given = {
         "rlhfuse_migration_threshold": args.rlhfuse_migration_threshold is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ class RolloutTimes:
         self.ended = self.first_scored = self.idle_s = 0.0
         self.stages: dict[str, float] = {}
         """Seconds until the last sample was finished, and from then on."""
+        self.deferred_prompts: int | None = None
+        """None where no prompts are left out of training."""
+        self.discarded_tokens = 0
 
     def finish(self, scoring: Scoring, scored: Sequence[ScoredSample]) -> None:
         """At the end of inference. scored: all samples of the iteration."""
@@ -37,6 +40,14 @@ class RolloutTimes:
         self.first_scored = scoring.began
         self.idle_s = max(0.0, self.ended - self.released - scoring.seconds)
 
+    def settle(self, deferred: int, lengths: Mapping[int, int], kept: Collection[int]) -> None:
+        """Takes down which samples are not trained, though they were scored.
+
+        deferred: prompts; lengths: response tokens by sample id; kept: samples that are trained
+        """
+        self.deferred_prompts = deferred
+        self.discarded_tokens = sum(n for each, n in lengths.items() if each not in kept)
+
 
 def reduce_rollout(
     times: RolloutTimes, engine: Mapping[str, float], decision: Decision | None
@@ -49,7 +60,7 @@ def reduce_rollout(
     # Smallest by way of the largest; a rank that has scored nothing says nothing.
     first = -times.first_scored if times.first_scored else -float("inf")
     largest, first = _reduce([memory, first], dist.ReduceOp.MAX)
-    names = ("restarts", "migrated", "kv_bytes", "extract_s", "recomputed")
+    names = ("restarts", "migrated", "kv_bytes", "extract_s", "recomputed", "discarded")
     *sums, idle = _reduce([*(engine[name] for name in names), times.idle_s], dist.ReduceOp.SUM)
     total = dict(zip(names, sums, strict=True))
     values: dict[str, Value] = {
@@ -59,6 +70,11 @@ def reduce_rollout(
         "rollout_idle_s": idle / dist.get_world_size(),
         "inference_start_s": -first - times.began,
     }
+    if times.deferred_prompts is not None:
+        values |= {
+            "deferred_prompts": times.deferred_prompts,
+            "discarded_tokens": int(total["discarded"]) + times.discarded_tokens,
+        }
     if decision is not None:
         values |= {
             "migration_threshold": decision.threshold,

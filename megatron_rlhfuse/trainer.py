@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,13 +22,15 @@ from megatron_rlhfuse.assembly import (
     build_trained_models,
     start_megatron,
 )
-from megatron_rlhfuse.data import Prompt, PromptDataset, PromptSampler
+from megatron_rlhfuse.data import PromptDataset, PromptSampler
 from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
+from megatron_rlhfuse.migration.prompt_lengths import PromptLengths
 from megatron_rlhfuse.models.save import save_hf
 from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.rlhf.kl import make_kl_controller
 from megatron_rlhfuse.rollout.controller import Decision
+from megatron_rlhfuse.rollout.prompt_rounds import PromptBatch, PromptRounds
 from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.rollout_times import RolloutTimes
 from megatron_rlhfuse.run_record import RunRecord
@@ -78,7 +81,7 @@ class Trainer:
         self.generation.make_room()
         start_megatron()
         dist.barrier()
-        self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout)
+        self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout, args.rollout_instances)
         self.models = build_trained_models(args)
         self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
         self.fused = (
@@ -124,11 +127,13 @@ class Trainer:
                 f"--actor-model {args.actor_model}: its tokenizer makes token {largest} of "
                 f"--prompt-data, its model has {args.actor_shape.vocab_size}"
             )
-        self.sampler = PromptSampler(
-            len(self.dataset),
-            args.rollout_batch_size // args.rollout_samples_per_prompt,
-            args.seed,
+        trained = args.rollout_batch_size // args.rollout_samples_per_prompt
+        extra = math.ceil(trained * args.rollout_extra_prompts)
+        self.sampler = PromptSampler(len(self.dataset), trained + extra, args.seed)
+        self.rounds = PromptRounds(
+            self.dataset, self.sampler, args.rollout_samples_per_prompt, trained
         )
+        self.lengths = PromptLengths()
 
     def iterations(self) -> Iterator[int]:
         """Numbers of the iterations to run, from 1; after a resume the first one not yet done."""
@@ -138,42 +143,51 @@ class Trainer:
             with self.tracer.span(f"iteration {iteration}", "iteration", iteration=iteration):
                 yield iteration
 
-    def next_prompts(self) -> list[Prompt]:
+    def next_prompts(self, iteration: int) -> PromptBatch:
         """The prompt of every sample of the iteration, by sample id; the same on every rank."""
-        copies = self.args.rollout_samples_per_prompt
-        return [self.dataset[index] for index in self.sampler.next_batch() for _ in range(copies)]
+        return self.rounds.next_batch(iteration)
 
-    def generate(self, iteration: int, prompts: Sequence[Prompt]) -> None:
+    def generate(self, iteration: int, prompts: PromptBatch) -> None:
         """Every engine makes its samples.
 
         All ranks go on together once all samples are finished; fused with inference, each goes on
         as soon as its engine has no samples any more, its own or migrated ones.
         """
         self._rollout = RolloutTimes()
+        expected = [
+            self.lengths.expected(drawn.prompt.index) * prompts.copies for drawn in prompts.drawn
+        ]
         with self._stage("generation", together=not self.args.fuses_rollout):
-            self.generation.generate(self.queue, iteration, prompts)
+            self.generation.generate(self.queue, iteration, prompts, expected)
             self._rollout.released = time.time()
             if not self.args.fuses_rollout:
                 with self.tracer.span("wait for other engines", "wait"):
-                    self.queue.wait_finished(iteration, len(prompts))
+                    self.queue.wait_finished(iteration)
             self.generation.sleep()
 
-    def infer(self, iteration: int, prompts: Sequence[Prompt]) -> list[ScoredSample]:
-        """Inference instances score all samples; returns them by sample id, on every rank."""
+    def infer(self, iteration: int, prompts: PromptBatch) -> list[ScoredSample]:
+        """Inference instances score all samples; returns those to train by sample id, on every
+        rank."""
         with self._stage("inference"):
-            total = len(prompts)
             if self.args.fuses_rollout:
                 self.generation.release(self.queue, iteration, self.inference.instance.ranks)
-            scoring = self.inference.instance.score_all(self.queue, iteration, total, prompts)
+            scoring = self.inference.instance.score_all(self.queue, iteration, prompts)
             if self.args.fuses_rollout:
                 with self.tracer.span("wait for other ranks", "wait"):
-                    self.queue.wait_scored(iteration, total)
-            collected = self.queue.collect(iteration, total) if dist.get_rank() == 0 else None
+                    self.queue.wait_scored(iteration)
+            collected = self.queue.collect(iteration) if dist.get_rank() == 0 else None
             scored = [ScoredSample.from_bytes(m) for m in broadcast_messages(collected, 0)]
         self._rollout.finish(scoring, scored)
         self._seconds |= self._rollout.stages
-        lengths = [len(item.sample.response) for item in scored]
-        self._decision = self.generation.finish(lengths, scoring.samples, scoring.seconds)
+        lengths = {item.sample.sample_id: len(item.sample.response) for item in scored}
+        self._decision = self.generation.finish(
+            list(lengths.values()), scoring.samples, scoring.seconds
+        )
+        self.lengths.add((prompts[each].index, tokens) for each, tokens in lengths.items())
+        kept = self.rounds.settle(prompts, lengths)
+        if self.args.rollout_extra_prompts:
+            self._rollout.settle(len(prompts.drawn) - prompts.trained, lengths, kept)
+        scored = [item for item in scored if item.sample.sample_id in kept]
         return sorted(scored, key=lambda item: item.sample.sample_id)
 
     def train(self, iteration: int, scored: Sequence[ScoredSample]) -> None:
@@ -230,6 +244,8 @@ class Trainer:
         return {
             "iteration": iteration,
             "data": self.sampler.state_dict(),
+            "rounds": self.rounds.state_dict(),
+            "lengths": self.lengths.state_dict(),
             "prompts": self.dataset.digest,
             "kl": self.kl_controller.state_dict(),
             "optimizer_steps": self.ppo.optimizer_steps,
@@ -244,6 +260,8 @@ class Trainer:
                     "gives now: resume with the same files and --rollout-max-prompt-tokens"
                 )
             self.sampler.load_state_dict(progress["data"])
+            self.rounds.load_state_dict(progress["rounds"])
+            self.lengths.load_state_dict(progress["lengths"])
             self.kl_controller.load_state_dict(progress["kl"])
         except (CheckpointError, ValueError) as fault:
             refuse(str(fault))

@@ -101,9 +101,7 @@ class InferenceInstance:
         # Scores come out of the last stage; its first tensor-parallel rank reports them.
         self._is_reporter = models.actor.is_last_stage and groups.pgc.tp.rank() == 0
 
-    def score_all(
-        self, queue: SampleQueue, iteration: int, total: int, prompts: Sequence[Prompt]
-    ) -> Scoring:
+    def score_all(self, queue: SampleQueue, iteration: int, prompts: Sequence[Prompt]) -> Scoring:
         """Scores samples of the iteration until none is left.
 
         COLLECTIVE over the ranks of the instance. `prompts`: by sample id. Samples that are not
@@ -112,7 +110,7 @@ class InferenceInstance:
         pull = self._micro_batch_size * self._groups.layout.pp
         scored, seconds, began = 0, 0.0, 0.0
         with self._models.on_device(), torch.no_grad():
-            while samples := self._pull(queue, iteration, total, pull):
+            while samples := self._pull(queue, iteration, pull):
                 start = time.time()
                 began = began or start
                 with self._tracer.span("score", "inference", samples=len(samples)):
@@ -123,11 +121,11 @@ class InferenceInstance:
                 seconds += time.time() - start
         return Scoring(scored, seconds, began)
 
-    def _pull(self, queue: SampleQueue, iteration: int, total: int, count: int) -> list[Sample]:
+    def _pull(self, queue: SampleQueue, iteration: int, count: int) -> list[Sample]:
         """The leader takes samples from the queue; its instance gets copies."""
         messages = None
         if self._is_leader:
-            messages = [s.to_bytes() for s in queue.take(iteration, total, count)]
+            messages = [s.to_bytes() for s in queue.take(iteration, count)]
         messages = broadcast_messages(messages, self._leader, self._groups.pgc.mp)
         return [Sample.from_bytes(message) for message in messages]
 

@@ -1,11 +1,12 @@
 """Samples on their way from generation to inference to training, through one TCPStore.
 
 Invariants
-- A sample is handed to exactly one inference instance: tickets are drawn from a shared counter.
+- A sample is handed to exactly one inference instance: the store pops atomically.
+- Generation instances close the queue, each once; when all have, no sample comes any more.
 - Nothing is unpickled; a message is `Sample.to_bytes()` or `ScoredSample.to_bytes()`.
 - Keys carry the iteration. They are deleted when the next one is collected, not before: a rank that
-  has scored the last sample asks for another, perhaps after this one was collected, and without
-  the counter of tickets it would wait for a sample that never comes.
+  has scored the last sample asks for another, perhaps after this one was collected, and would wait
+  for ever if it did not find the queue closed.
 
 The store is one of its own, apart from torch.distributed's: payloads are large, and a client that
 waits holds its connection.
@@ -38,12 +39,14 @@ class StageTimeoutError(RuntimeError):
 class SampleQueue:
     """The queues of a job: finished samples, and scored ones. One object per rank."""
 
-    def __init__(self, store: dist.TCPStore, timeout_s: float) -> None:
+    def __init__(self, store: dist.TCPStore, timeout_s: float, instances: int) -> None:
+        """instances: those that generate."""
         self._store = store
         self._timeout_s = timeout_s
+        self._instances = instances
 
     @classmethod
-    def connect(cls, timeout_s: float) -> SampleQueue:
+    def connect(cls, timeout_s: float, instances: int) -> SampleQueue:
         """COLLECTIVE over all ranks: rank 0 hosts the store, the others connect to it."""
         wait = timedelta(seconds=timeout_s)
         host = os.environ["MASTER_ADDR"]  # torchrun's name for the machine of rank 0
@@ -54,26 +57,41 @@ class SampleQueue:
         dist.broadcast(port, src=0)
         if dist.get_rank() != 0:
             store = dist.TCPStore(host, int(port), None, False, wait)
-        return cls(store, timeout_s)
+        return cls(store, timeout_s, instances)
 
     def push_finished(self, iteration: int, sample: Sample) -> None:
         """Offers a finished sample to the inference instances."""
         self._store.queue_push(f"{iteration}/finished", sample.to_bytes())
         self._store.add(f"{iteration}/finished_count", 1)
 
-    def wait_finished(self, iteration: int, total: int) -> None:
-        """Returns once all `total` samples of the iteration are finished."""
-        key = f"{iteration}/finished_count"
+    def close(self, iteration: int) -> None:
+        """A generation instance says that it has offered all its samples."""
+        self._store.add(f"{iteration}/closed", 1)
+
+    def wait_finished(self, iteration: int) -> None:
+        """Returns once all samples of the iteration are finished."""
         self._wait(
-            lambda: self._store.add(key, 0) >= total,
-            lambda: f"generation: {self._store.add(key, 0)} of {total} samples finished",
+            lambda: self._is_closed(iteration),
+            lambda: f"generation: {self._open(iteration)} still generate",
         )
 
-    def take(self, iteration: int, total: int, count: int) -> list[Sample]:
-        """Up to `count` finished samples, waiting for them; none once all are handed out."""
-        last = self._store.add(f"{iteration}/tickets", count)
-        tickets = max(0, min(last, total) - (last - count))
-        return [Sample.from_bytes(self._pop(f"{iteration}/finished")) for _ in range(tickets)]
+    def take(self, iteration: int, count: int) -> list[Sample]:
+        """Up to `count` finished samples, waiting for one; none once all are handed out."""
+        samples: list[Sample] = []
+
+        def ready() -> bool:
+            closed = self._is_closed(iteration)  # before the look: what comes after it is seen
+            while len(samples) < count:
+                message = self._pop(f"{iteration}/finished")
+                if message is None:
+                    return closed or bool(samples)
+                samples.append(Sample.from_bytes(message))
+            return True
+
+        self._wait(
+            ready, lambda: f"inference: no sample arrived ({self._open(iteration)} generate)"
+        )
+        return samples
 
     def counts(self, iteration: int) -> tuple[int, int]:
         """Samples of the iteration that are finished, and those that are scored."""
@@ -92,16 +110,24 @@ class SampleQueue:
             lambda: f"generation instance {instance}: not released",
         )
 
-    def wait_scored(self, iteration: int, total: int) -> None:
-        """Returns once all `total` samples of the iteration are scored.
+    def wait_scored(self, iteration: int) -> None:
+        """Returns once all samples of the iteration are finished and scored.
 
         For ranks that have nothing more to score: in a collective they would wait under the time
         limit of its group, which knows nothing of how long a tail may take.
         """
-        key = f"{iteration}/scored_count"
+
+        def ready() -> bool:
+            if not self._is_closed(iteration):
+                return False
+            finished, scored = self.counts(iteration)
+            return scored >= finished
+
         self._wait(
-            lambda: self._store.add(key, 0) >= total,
-            lambda: f"inference: {self._store.add(key, 0)} of {total} samples scored",
+            ready,
+            lambda: "inference: {1} of {0} samples scored ({2} generate)".format(
+                *self.counts(iteration), self._open(iteration)
+            ),
         )
 
     def push_scored(self, iteration: int, scored: Sequence[ScoredSample]) -> None:
@@ -110,29 +136,54 @@ class SampleQueue:
             self._store.queue_push(f"{iteration}/scored", sample.to_bytes())
         self._store.add(f"{iteration}/scored_count", len(scored))
 
-    def collect(self, iteration: int, total: int) -> list[bytes]:
-        """All scored samples as bytes, in the order of arrival; one rank calls this."""
-        scored = [self._pop(f"{iteration}/scored") for _ in range(total)]
+    def collect(self, iteration: int) -> list[bytes]:
+        """All scored samples as bytes, in the order of arrival; one rank calls this.
+
+        Generation has ended; samples that are still being scored are waited for.
+        """
+        total, _ = self.counts(iteration)
+        messages: list[bytes] = []
+
+        def ready() -> bool:
+            while (message := self._pop(f"{iteration}/scored")) is not None:
+                messages.append(message)
+            return len(messages) >= total
+
+        self._wait(ready, lambda: f"inference: {len(messages)} of {total} samples scored")
         self.delete(iteration - 1)
-        return scored
+        return messages
+
+    def note_length(self, iteration: int, tokens: int, prompt: int) -> None:
+        """Tells all generation instances how long a prompt's longest response is."""
+        note = f"{tokens} {prompt},"
+        self._store.append(f"{iteration}/lengths", note)  # type: ignore[attr-defined]  # unlisted
+
+    def lengths(self, iteration: int) -> list[tuple[int, int]]:
+        """What was noted so far: (tokens, prompt)."""
+        key = f"{iteration}/lengths"
+        if not self._store.check([key]):
+            return []
+        notes = self._store.get(key).decode().split(",")[:-1]
+        return [(int(tokens), int(prompt)) for tokens, prompt in map(str.split, notes)]
 
     def delete(self, iteration: int) -> None:
         """Removes everything about an iteration; one rank calls this, and nobody asks any more."""
-        for name in ("finished", "finished_count", "tickets", "scored", "scored_count"):
+        for name in ("finished", "finished_count", "closed", "scored", "scored_count", "lengths"):
             self._store.delete_key(f"{iteration}/{name}")
 
-    def _pop(self, key: str) -> bytes:
-        popped: list[bytes] = []
+    def _is_closed(self, iteration: int) -> bool:
+        return self._store.add(f"{iteration}/closed", 0) >= self._instances
 
-        def ready() -> bool:
-            try:
-                popped.append(self._store.queue_pop(key, False))
-            except dist.QueueEmptyError:
-                return False
-            return True
+    def _open(self, iteration: int) -> str:
+        left = self._instances - self._store.add(f"{iteration}/closed", 0)
+        return f"{left} of {self._instances} instances"
 
-        self._wait(ready, lambda: f"queue {key}: nothing arrived")
-        return popped[0]
+    def _pop(self, key: str) -> bytes | None:
+        try:
+            message: bytes = self._store.queue_pop(key, False)
+        except dist.QueueEmptyError:
+            return None
+        return message
 
     def _wait(self, ready: Callable[[], bool], describe: Callable[[], str]) -> None:
         deadline = time.monotonic() + self._timeout_s

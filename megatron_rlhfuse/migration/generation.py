@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from megatron_rlhfuse.migration.case import RolloutCase
 from megatron_rlhfuse.migration.decoding import Decoding, decode
+from megatron_rlhfuse.migration.dispatch import Dispatch, dispatch_prompts
 from megatron_rlhfuse.migration.scoring import Scoring
 from megatron_rlhfuse.migration.state import InstanceState, Migration, RolloutState, Unfinished
 from megatron_rlhfuse.migration.transfers import Transfers
-
-Dispatch = Literal["round-robin", "longest-first"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,14 @@ class Migrated:
     released: list[float]
 
 
-def generate(case: RolloutCase, lengths: Sequence[int], dispatch: Dispatch) -> Generation:
-    """Args: lengths: of the responses, by sample. Raises ValueError if there are too few."""
+def generate(
+    case: RolloutCase,
+    lengths: Sequence[int],
+    dispatch: Dispatch,
+    expected: Sequence[float] | None = None,
+) -> Generation:
+    """Args: lengths: of the responses, by sample; expected: as in `dispatch_prompts`, None takes
+    the lengths themselves. Raises ValueError if there are too few."""
     if len(lengths) != case.samples or min(lengths) < 1:
         raise ValueError(f"lengths: want {case.samples} of at least 1, got {len(lengths)}")
     steps = _steps(case)
@@ -65,7 +68,7 @@ def generate(case: RolloutCase, lengths: Sequence[int], dispatch: Dispatch) -> G
             case.max_num_seqs,
             steps,
         )
-        for samples in _dispatch(case, lengths, dispatch)
+        for samples in _dispatch(case, lengths, dispatch, expected)
     ]
     finished = [0.0] * case.samples
     for decoding in decodings:
@@ -142,19 +145,21 @@ def migrate(
     return Migrated(time, migration, leave, arrive, decodings, finished, released)
 
 
-def _dispatch(case: RolloutCase, lengths: Sequence[int], dispatch: Dispatch) -> list[list[int]]:
+def _dispatch(
+    case: RolloutCase,
+    lengths: Sequence[int],
+    dispatch: Dispatch,
+    expected: Sequence[float] | None,
+) -> list[list[int]]:
     """The samples of each instance, in the order in which they are admitted."""
-    held: list[list[int]] = [[] for _ in range(case.instances)]
-    if dispatch == "round-robin":
-        for sample in range(case.samples):
-            held[sample // case.samples_per_prompt % case.instances].append(sample)
-        return held
-    load = [(0, instance) for instance in range(case.instances)]
-    for sample in sorted(range(case.samples), key=lambda each: -lengths[each]):
-        tokens, instance = load[0]
-        held[instance].append(sample)
-        heapq.heapreplace(load, (tokens + lengths[sample], instance))
-    return held
+    copies = case.samples_per_prompt
+    of_prompt = [range(s, min(s + copies, case.samples)) for s in range(0, case.samples, copies)]
+    if expected is None:
+        expected = [float(sum(lengths[sample] for sample in samples)) for samples in of_prompt]
+    return [
+        [sample for prompt in prompts for sample in of_prompt[prompt]]
+        for prompts in dispatch_prompts(expected, case.instances, dispatch)
+    ]
 
 
 def _transfers(case: RolloutCase, state: RolloutState, migration: Migration) -> Transfers:

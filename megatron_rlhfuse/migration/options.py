@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from megatron_rlhfuse.migration.rates import Rates
 
 POLICIES = ("busiest", "inference")
 TRANSFERS = ("auto", "kv", "tokens")
+
+
+def share(text: str) -> float:
+    """A threshold on a command line, where it is not auto."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"want auto or a number from 0 to 1, got {text[:40]}")
+    return value
 
 
 @dataclass(frozen=True)

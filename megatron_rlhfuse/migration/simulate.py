@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_rlhfuse.migration.case import RolloutCase, draw_lengths
+from megatron_rlhfuse.migration.dispatch import Dispatch
 from megatron_rlhfuse.migration.generation import (
-    Dispatch,
     Generation,
     Migrated,
     generate,
@@ -61,6 +61,7 @@ def simulate_rollout(
     fused: bool = True,
     dispatch: Dispatch = "round-robin",
     *,
+    expected: Sequence[float] | None = None,
     distribution: LengthDistribution | None = None,
 ) -> RolloutTimeline:
     """One rollout.
@@ -69,11 +70,11 @@ def simulate_rollout(
         lengths: of the responses, by sample
         threshold: as in `MigrationOptions`; None and 0 migrate nothing
         fused: False starts inference on all instances once the last sample is finished
-        dispatch: the trainer's, by prompt; or, as if lengths were known, the longest first, each
-            where there are the fewest tokens
+        dispatch, expected: of prompts to instances, as in `dispatch_prompts`; None as if lengths
+            were known beforehand
         distribution: what the planner knows of the lengths; None is the case's own
     """
-    generation = generate(case, lengths, dispatch)
+    generation = generate(case, lengths, dispatch, expected)
     if not fused:
         return build_timeline(case, generation, _score_at_end(case, generation), None)
     known = distribution or case.distribution()

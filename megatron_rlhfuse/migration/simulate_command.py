@@ -14,6 +14,7 @@ from typing import Any
 from megatron_rlhfuse.cli import Refuse
 from megatron_rlhfuse.migration.case import RolloutCase, draw_lengths, load_case
 from megatron_rlhfuse.migration.lengths import LengthDistribution
+from megatron_rlhfuse.migration.options import share
 from megatron_rlhfuse.migration.simulate import (
     THRESHOLDS,
     RolloutTimeline,
@@ -57,15 +58,7 @@ class Result:
 
 def threshold(text: str) -> float | str:
     """The type of --threshold: "auto", or a fraction."""
-    if text == "auto":
-        return text
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"want auto or a fraction from 0 to 1, got {text[:40]}")
-    return share
+    return text if text == "auto" else share(text)
 
 
 def run(args: argparse.Namespace, refuse: Refuse) -> int:
@@ -130,10 +123,10 @@ def text(result: Result) -> str:
         "",
         f"{'threshold':10}{'stage':>10}{'speed-up':>10}",
     ]
-    for share, seconds in choice.curve:
-        mark = "  <" if share == choice.threshold else ""
+    for threshold, seconds in choice.curve:
+        mark = "  <" if threshold == choice.threshold else ""
         stage, ratio = f"{seconds:.2f} s", f"{choice.serial_s / seconds:.2f}x"
-        lines.append(f"{share:<10g}{stage:>10}{ratio:>10}{mark}")
+        lines.append(f"{threshold:<10g}{stage:>10}{ratio:>10}{mark}")
     if isinstance(case.lengths, LengthDistribution):
         lines += ["", f"stages are means of {DRAWS} rollouts; migration and tail are of the first"]
     return "\n".join(lines)

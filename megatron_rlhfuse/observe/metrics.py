@@ -76,6 +76,10 @@ METRICS: dict[str, Metric] = {
         "rollout", "s", "of that, a rank neither generating nor scoring; mean over ranks"
     ),
     "inference_start_s": Metric("rollout", "s", "first sample scored, after generation's start"),
+    "deferred_prompts": Metric(
+        "rollout", "prompts", "left out for being the longest; trained later, together"
+    ),
+    "discarded_tokens": Metric("rollout", "tokens", "generated for prompts that were left out"),
     "migration_threshold": Metric(
         "rollout", "", "share of the batch from which on the tail may migrate"
     ),

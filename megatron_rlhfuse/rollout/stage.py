@@ -1,8 +1,7 @@
 """The generation stage: every generation instance's engine, driven by the rank that leads it.
 
 Ranks are cut into as many equal blocks as there are instances; the first rank of a block leads
-the instance. Which instance makes a sample depends on its prompt alone, so responses to one
-prompt share its cached prefix.
+the instance. One instance makes all samples of a prompt, so that they share its cached prefix.
 
 Fused with inference, an instance is released as soon as it has no samples any more, and the tail
 of the samples migrates to few of them (controller, member, board). Not fused, all are released
@@ -16,7 +15,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,34 +22,28 @@ import torch.distributed as dist
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.data import Prompt
 from megatron_rlhfuse.inference.queue import SampleQueue
+from megatron_rlhfuse.migration.dispatch import dispatch_prompts
 from megatron_rlhfuse.migration.lengths import LengthHistory
 from megatron_rlhfuse.migration.meter import RateMeter
-from megatron_rlhfuse.migration.planner import MigrationOptions
 from megatron_rlhfuse.observe.trace import Tracer
 from megatron_rlhfuse.rollout.controller import Decision, MigrationController, Rollout
-from megatron_rlhfuse.rollout.engine import (
-    EngineError,
-    EngineOptions,
-    GenerationEngine,
-    WeightUpdate,
+from megatron_rlhfuse.rollout.engine import EngineError, GenerationEngine, WeightUpdate
+from megatron_rlhfuse.rollout.from_flags import (
+    engine_options,
+    migration_options,
+    sampling_options,
 )
 from megatron_rlhfuse.rollout.kv_relay import GlooRelay
 from megatron_rlhfuse.rollout.member import Member
-from megatron_rlhfuse.rollout.samples import (
-    GenerationRequest,
-    Sample,
-    SamplingOptions,
-    sample_seed,
-)
+from megatron_rlhfuse.rollout.prompt_rounds import PromptBatch
+from megatron_rlhfuse.rollout.samples import GenerationRequest, Sample
+from megatron_rlhfuse.rollout.tail_cut import TailCut
 
 # How long a leader listens to its engine before it looks at signals again.
 _POLL_S = 0.5
 
 # And before it looks at the board: a few decode steps.
 _MEMBER_POLL_S = 0.05
-
-OBSERVED = ("peak_bytes", "restarts", "migrated", "kv_bytes", "extract_s", "recomputed")
-"""Of `observe`."""
 
 
 class GenerationStage:
@@ -68,11 +60,11 @@ class GenerationStage:
         self._controller: MigrationController | None = None
         self._member: Member | None = None
         self._instances = args.rollout_instances
-        self._samples_per_prompt = args.rollout_samples_per_prompt
         self._seed = args.seed
         self._tracer = tracer
         self._engine: GenerationEngine | None = None
-        self._restarts_seen = self._recomputed_seen = 0
+        self._restarts_seen = self._recomputed_seen = self._discarded = 0
+        self._watched = False
         if args.rank % block == 0:
             self._engine = GenerationEngine(
                 self._instance, engine_options(args, self._instance), sampling_options(args)
@@ -115,44 +107,55 @@ class GenerationStage:
             )
 
     def generate(
-        self, queue: SampleQueue, iteration: int, prompts: Sequence[Prompt]
-    ) -> list[Sample]:
+        self, queue: SampleQueue, iteration: int, batch: PromptBatch, expected: Sequence[float]
+    ) -> None:
         """Makes this instance's samples of the iteration and offers each as it finishes.
 
-        Fused, returns once the engine has no samples any more, its own or migrated ones. `prompts`:
-        by sample id. Returns the samples finished by this rank's engine.
+        Returns once the engine has no samples any more: its own and, fused, migrated ones.
+        `expected`: tokens of the responses to each prompt of the batch, all together.
         """
         if self._engine is None:
-            return []
+            return
+        self._discarded = 0
+        # With prompts left out there is no tail that could migrate.
+        migrates = self._args.fuses_rollout and not batch.leaves_out
         if self._controller is not None:
-            self._watch(queue, iteration, prompts)
-        requests = [
-            GenerationRequest(
-                sample_id, prompt.token_ids, sample_seed(self._seed, iteration, sample_id)
-            )
-            for sample_id, prompt in enumerate(prompts)
-            if sample_id // self._samples_per_prompt % self._instances == self._instance
-        ]
-        member = None
-        if self._args.fuses_rollout:
-            board = queue.board(iteration)
-            member = Member(self._engine, board, self._nodes, self._relay, self._tracer)
-            self._member = member
-        self._engine.submit(requests)
-        made: list[Sample] = []
+            self._watch(queue, iteration, batch if migrates else None)
+        prompts = dispatch_prompts(expected, self._instances, self._args.rollout_dispatch)
+        self._engine.submit(
+            [
+                GenerationRequest(each, batch[each].token_ids, batch.seed(self._seed, each))
+                for position in prompts[self._instance]
+                for each in batch.samples(position)
+            ]
+        )
+        if migrates:
+            self._generate_and_migrate(queue, iteration)
+        elif batch.leaves_out:
+            self._generate_shortest(queue, iteration, batch)
+        else:
+            while self._engine.unfinished:
+                self._offer(queue, iteration, self._engine.poll(_POLL_S))
+        queue.close(iteration)
+
+    def _generate_shortest(self, queue: SampleQueue, iteration: int, batch: PromptBatch) -> None:
+        assert self._engine is not None
+        cut = TailCut(self._engine, queue, iteration, batch)
+        while self._engine.unfinished:
+            self._offer(queue, iteration, cut.finished(self._engine.poll(_MEMBER_POLL_S)))
+            cut.step()
+        self._discarded = cut.discarded_tokens
+
+    def _generate_and_migrate(self, queue: SampleQueue, iteration: int) -> None:
+        assert self._engine is not None
+        board = queue.board(iteration)
+        member = self._member = Member(self._engine, board, self._nodes, self._relay, self._tracer)
         waiting_since = time.monotonic()
         while True:
-            for sample in self._engine.poll(_POLL_S if member is None else _MEMBER_POLL_S):
-                queue.push_finished(iteration, sample)
-                made.append(sample)
-                self._trace(sample)
-            if member is None:
-                if not self._engine.unfinished:
-                    return made
-                continue
+            self._offer(queue, iteration, self._engine.poll(_MEMBER_POLL_S))
             member.step()
             if member.leave():
-                return made
+                return
             if self._engine.unfinished:
                 waiting_since = time.monotonic()
             elif time.monotonic() - waiting_since > self._args.rlhfuse_stage_timeout:
@@ -163,6 +166,11 @@ class GenerationStage:
             else:
                 time.sleep(_MEMBER_POLL_S / 10)  # something is on its way here
 
+    def _offer(self, queue: SampleQueue, iteration: int, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            queue.push_finished(iteration, sample)
+            self._trace(sample)
+
     def release(self, queue: SampleQueue, iteration: int, ranks: Sequence[int]) -> None:
         """After `sleep`, fused: gives this rank's block free, and waits until `ranks` are free."""
         if self._engine is not None:
@@ -170,13 +178,16 @@ class GenerationStage:
         for instance in sorted({rank // self._block for rank in ranks}):
             queue.wait_released(iteration, instance)
 
-    def _watch(self, queue: SampleQueue, iteration: int, prompts: Sequence[Prompt]) -> None:
-        assert self._controller is not None and self._engine is not None
+    def _watch(self, queue: SampleQueue, iteration: int, batch: PromptBatch | None) -> None:
+        """Of an iteration without migration (None) only removes what the last one has left."""
+        assert self._controller is not None
         if iteration > 1:
             queue.board(iteration - 1).delete(self._instances)
-        self._controller.start(
-            self.rollout(prompts), queue.board(iteration), lambda: queue.counts(iteration)
-        )
+        self._watched = batch is not None
+        if batch is not None:
+            self._controller.start(
+                self.rollout(batch), queue.board(iteration), lambda: queue.counts(iteration)
+            )
 
     def rollout(self, prompts: Sequence[Prompt]) -> Rollout:
         """What is known of a rollout beforehand; on ranks that lead an instance."""
@@ -185,7 +196,7 @@ class GenerationStage:
         return Rollout(
             instances=self._instances,
             samples=len(prompts),
-            samples_per_prompt=self._samples_per_prompt,
+            samples_per_prompt=self._args.rollout_samples_per_prompt,
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) / len(prompts),
             max_num_seqs=args.rollout_max_num_seqs,
             kv_capacity=self._engine.built.kv_tokens,
@@ -206,7 +217,8 @@ class GenerationStage:
         if self._member is not None:
             counts = self._member.counts
             self._controller.meter.transfer(counts.kv_bytes, counts.extract_s, same_node=True)
-        return self._controller.finish(lengths)
+        # Lengths without the longest would mislead the next choice of a threshold.
+        return self._controller.finish(lengths) if self._watched else None
 
     def update_weights(
         self, stream: Iterable[tuple[str, torch.Tensor]], version: int
@@ -235,8 +247,10 @@ class GenerationStage:
 
     def observe(self) -> dict[str, float]:
         """`peak_bytes` of this rank's engine, and since the last call its `restarts`, the samples
-        `migrated` away, their `kv_bytes` and `extract_s`, and the `recomputed` tokens."""
-        seen = dict.fromkeys(OBSERVED, 0.0)
+        `migrated` away, their `kv_bytes` and `extract_s`, the `recomputed` tokens, and those
+        `discarded` with prompts that were left out."""
+        names = ("peak_bytes", "restarts", "migrated", "kv_bytes", "extract_s", "recomputed")
+        seen = dict.fromkeys((*names, "discarded"), 0.0)
         if self._engine is None:
             return seen
         seen["peak_bytes"] = platform.peak_resident_bytes(self._engine.pid)
@@ -244,6 +258,7 @@ class GenerationStage:
         seen["recomputed"] = self._engine.recomputed_tokens - self._recomputed_seen
         self._restarts_seen = self._engine.restarts
         self._recomputed_seen = self._engine.recomputed_tokens
+        seen["discarded"], self._discarded = self._discarded, 0
         if self._member is not None:
             counts, self._member = self._member.counts, None
             seen["migrated"], seen["kv_bytes"] = counts.given, counts.kv_bytes
@@ -267,63 +282,3 @@ class GenerationStage:
             tokens=len(sample.response),
             stop_reason=sample.stop_reason,
         )
-
-
-def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    """The `--rollout-*` sampling flags."""
-    return SamplingOptions(
-        temperature=args.rollout_temperature,
-        top_p=args.rollout_top_p,
-        top_k=args.rollout_top_k,
-        repetition_penalty=args.rollout_repetition_penalty,
-        presence_penalty=args.rollout_presence_penalty,
-        frequency_penalty=args.rollout_frequency_penalty,
-        max_new_tokens=args.rollout_max_new_tokens,
-        min_new_tokens=args.rollout_min_new_tokens,
-        stop_token_ids=tuple(args.rollout_stop_token_ids),
-        ignore_eos=args.rollout_ignore_eos,
-    )
-
-
-def migration_options(args: argparse.Namespace) -> MigrationOptions:
-    """The `--rlhfuse-migration-*` flags."""
-    return MigrationOptions(
-        threshold=args.rlhfuse_migration_threshold or 0.0,
-        max_tokens=args.rollout_max_new_tokens,
-        policy=args.rlhfuse_migration_policy,
-        inference_instances=tuple(args.rlhfuse_migration_instances),
-        transfer=args.rlhfuse_migration_transfer,
-        batch_capacity=args.rlhfuse_migration_batch,
-        rebalance=args.rlhfuse_migration_rebalance,
-        max_num_seqs=args.rollout_max_num_seqs,
-    )
-
-
-def engine_options(args: argparse.Namespace, instance: int) -> EngineOptions:
-    """How an instance's engine runs on this machine."""
-    machine = platform.engine_defaults()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    log = Path(args.rlhfuse_run_dir) / "logs" / f"engine{instance}.log"
-    return EngineOptions(
-        model=args.actor_model,
-        tensor_parallel_size=args.rollout_tensor_parallel_size,
-        dtype=args.rollout_dtype,
-        max_model_len=args.seq_length,
-        max_num_seqs=args.rollout_max_num_seqs,
-        kv_cache_bytes=args.rollout_kv_cache_bytes,
-        gpu_memory_utilization=args.rollout_gpu_memory_utilization,
-        enforce_eager=machine["enforce_eager"],
-        block_size=None,
-        seed=args.seed,
-        device=machine["device"],
-        visible_devices=platform.visible_devices(local_rank, args.rollout_tensor_parallel_size),
-        log_file=str(log),
-        start_timeout_s=args.rollout_start_timeout,
-        step_timeout_s=args.rollout_step_timeout,
-        enable_sleep=machine["can_sleep"],
-        # A threshold of None is chosen anew in every iteration.
-        migrates=args.fuses_rollout
-        and args.rollout_instances > 1
-        and args.rlhfuse_migration_threshold != 0,
-        pace_s=args.rollout_pace,
-    )

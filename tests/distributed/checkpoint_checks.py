@@ -90,7 +90,7 @@ def _start(root: Path, *flags: str) -> Any:
 
 
 def _train(trainer: Any, iteration: int) -> None:
-    prompts = trainer.next_prompts()
+    prompts = trainer.next_prompts(iteration)
     trainer.generate(iteration, prompts)
     trainer.train(iteration, trainer.infer(iteration, prompts))
 

@@ -63,7 +63,7 @@ class _Job:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
         self.models = build_trained_models(self.args)
-        self.queue = SampleQueue.connect(60)
+        self.queue = SampleQueue.connect(60, 1)
         self.instances = dist.get_world_size() // (tensor * pipeline)
         self.iteration = 0
         self.samples = [make_sample(i, 100 + i) for i in range(SAMPLES)]
@@ -120,11 +120,12 @@ class _Job:
         if dist.get_rank() == 0:
             for sample_id in order:
                 self.queue.push_finished(self.iteration, self.samples[sample_id])
+            self.queue.close(self.iteration)
         if only is None or only == dist.get_rank():
-            inference.instance.score_all(self.queue, self.iteration, SAMPLES, self.prompts)
+            inference.instance.score_all(self.queue, self.iteration, self.prompts)
         collected = None
         if dist.get_rank() == 0:
-            collected = self.queue.collect(self.iteration, SAMPLES)
+            collected = self.queue.collect(self.iteration)
         messages = broadcast_messages(collected, 0)
         dist.barrier()
         scored = [ScoredSample.from_bytes(message) for message in messages]

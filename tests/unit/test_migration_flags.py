@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from megatron_rlhfuse.arguments import threshold
+from megatron_rlhfuse.rollout_flags import threshold
 from tests.unit.conftest import Parse, refusal
 
 FUSIONS = ("none", "inter", "intra", "both")
@@ -43,6 +43,9 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--rollout-pace -1", "--rollout-pace -1.0", "0 or more seconds"),
     ("--rollout-pace nan", "--rollout-pace nan", "0 or more seconds"),
     ("--rollout-pace inf", "--rollout-pace inf", "0 or more seconds"),
+    ("--rollout-extra-prompts -0.1", "--rollout-extra-prompts -0.1", "from 0 to 4"),
+    ("--rollout-extra-prompts 5", "--rollout-extra-prompts 5.0", "from 0 to 4"),
+    ("--rollout-extra-prompts nan", "--rollout-extra-prompts nan", "from 0 to 4"),
 ]
 
 NEEDS_FUSION = (
@@ -168,3 +171,19 @@ def test_by_default_everything_is_chosen_while_it_runs(parse: Parse) -> None:
 def test_engines_are_paced_in_any_job(parse: Parse) -> None:
     for fusion in FUSIONS:
         assert parse(f"--rlhfuse-fusion {fusion} --rollout-pace 0.01").rollout_pace == 0.01
+
+
+def test_prompts_are_dealt_out_in_turn_and_none_is_extra_by_default(parse: Parse) -> None:
+    for fusion in FUSIONS:
+        args = parse(f"--rlhfuse-fusion {fusion}")
+        assert (args.rollout_dispatch, args.rollout_extra_prompts) == ("round-robin", 0)
+
+
+def test_extra_prompts_and_dispatch_are_for_any_job(parse: Parse) -> None:
+    for fusion in FUSIONS:
+        for extra in (0, 0.25, 4):
+            args = parse(
+                f"--rlhfuse-fusion {fusion} --rollout-dispatch longest-first "
+                f"--rollout-extra-prompts {extra}"
+            )
+            assert (args.rollout_dispatch, args.rollout_extra_prompts) == ("longest-first", extra)
