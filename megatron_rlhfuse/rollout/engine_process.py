@@ -24,7 +24,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from megatron_rlhfuse.rollout.lifetime import die_with_parent
+from megatron_rlhfuse.rollout.lifetime import allow_many_files, die_with_parent
 from megatron_rlhfuse.rollout.messages import Failed
 
 # Connections pickle. Both ends of this one are inherited descriptors of a parent and its child;
@@ -80,6 +80,7 @@ def main() -> int:
     """Runs one instance; the exit status is 0 after a Stop."""
     descriptor, parent = (int(argument) for argument in sys.argv[1:])
     die_with_parent(parent)
+    allow_many_files()  # workers inherit it
     # Ctrl-C is the parent's to handle, also when the whole process group gets it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,4 +1,5 @@
-"""Who dies with whom: the engine process with its trainer rank, vLLM's workers with the engine.
+"""Who dies with whom, the engine process with its trainer rank and vLLM's workers with the engine;
+and how many files they may open.
 
 Pure operating system (Linux), imported before anything heavy.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -14,6 +16,8 @@ ENGINE_PROCESS_VARIABLE = "RLHFUSE_ENGINE_PROCESS"
 """Set in the environment of an engine process and of everything that it starts."""
 
 _PR_SET_PDEATHSIG = 1
+
+_OPEN_FILES = 1 << 16
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -45,3 +49,14 @@ def living_members(group: int) -> list[int]:
         if int(process_group) == group and state not in "ZX":
             members.append(int(entry.name))
     return members
+
+
+def allow_many_files() -> None:
+    """Lifts this process's limit of open files, as far as it may.
+
+    Every migrated sample is an open file; the usual limit of 1024 is below what can migrate.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
