@@ -134,6 +134,7 @@ class Trainer:
             self.dataset, self.sampler, args.rollout_samples_per_prompt, trained
         )
         self.lengths = PromptLengths()
+        self._heeds_lengths = args.rollout_dispatch == "longest-first"
 
     def iterations(self) -> Iterator[int]:
         """Numbers of the iterations to run, from 1; after a resume the first one not yet done."""
@@ -245,7 +246,7 @@ class Trainer:
             "iteration": iteration,
             "data": self.sampler.state_dict(),
             "rounds": self.rounds.state_dict(),
-            "lengths": self.lengths.state_dict(),
+            **({"lengths": self.lengths.state_dict()} if self._heeds_lengths else {}),
             "prompts": self.dataset.digest,
             "kl": self.kl_controller.state_dict(),
             "optimizer_steps": self.ppo.optimizer_steps,
@@ -261,7 +262,8 @@ class Trainer:
                 )
             self.sampler.load_state_dict(progress["data"])
             self.rounds.load_state_dict(progress["rounds"])
-            self.lengths.load_state_dict(progress["lengths"])
+            if self._heeds_lengths and "lengths" in progress:
+                self.lengths.load_state_dict(progress["lengths"])
             self.kl_controller.load_state_dict(progress["kl"])
         except (CheckpointError, ValueError) as fault:
             refuse(str(fault))

@@ -31,6 +31,12 @@ from megatron_rlhfuse.rollout.samples import Sample
 # takes longer than this to score.
 _POLL_S = 0.005
 
+_KEYS = (
+    *("finished", "finished_count", "closed", "scored", "scored_count"),
+    *("lengths", "lengths_count"),
+)
+"""Of an iteration."""
+
 
 class StageTimeoutError(RuntimeError):
     """A stage did not finish in time; the message says what was waited for."""
@@ -157,6 +163,11 @@ class SampleQueue:
         """Tells all generation instances how long a prompt's longest response is."""
         note = f"{tokens} {prompt},"
         self._store.append(f"{iteration}/lengths", note)  # type: ignore[attr-defined]  # unlisted
+        self._store.add(f"{iteration}/lengths_count", 1)
+
+    def answered(self, iteration: int) -> int:
+        """How many lengths were noted; cheap."""
+        return self._store.add(f"{iteration}/lengths_count", 0)
 
     def lengths(self, iteration: int) -> list[tuple[int, int]]:
         """What was noted so far: (tokens, prompt)."""
@@ -168,7 +179,7 @@ class SampleQueue:
 
     def delete(self, iteration: int) -> None:
         """Removes everything about an iteration; one rank calls this, and nobody asks any more."""
-        for name in ("finished", "finished_count", "closed", "scored", "scored_count", "lengths"):
+        for name in _KEYS:
             self._store.delete_key(f"{iteration}/{name}")
 
     def _is_closed(self, iteration: int) -> bool:

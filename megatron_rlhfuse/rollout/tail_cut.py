@@ -20,7 +20,6 @@ from megatron_rlhfuse.rollout.prompt_rounds import (
     PromptBatch,
     cutoff,
     is_beyond,
-    longest_responses,
 )
 from megatron_rlhfuse.rollout.samples import Sample
 
@@ -36,6 +35,7 @@ class TailCut:
         self._waiting: dict[int, Sample] = {}  # by sample id: its prompt is not answered whole
         self._lost: set[int] = set()  # prompts given up
         self._limit: Length | None = None
+        self._answered = 0  # prompts, when the limit was last looked up
         self.discarded_tokens = 0
         """Of samples that were given up, or finished and not offered."""
 
@@ -52,20 +52,23 @@ class TailCut:
             if not all(each in self._waiting for each in mine):
                 continue
             whole = [self._waiting.pop(each) for each in mine]
-            lengths = {each.sample_id: len(each.response) for each in whole}
-            (length,) = longest_responses(self._batch, lengths)
+            lengths = [len(each.response) for each in whole]
+            length = (max(lengths), prompt)
             self._queue.note_length(self._iteration, *length)
             if self._limit is not None and length > self._limit:
-                self._discard(lengths.values())
+                self._discard(lengths)
             else:
                 offered += whole
         return offered
 
     def step(self) -> None:
         """Gives up what is certain to be left out."""
-        self._limit = cutoff(self._queue.lengths(self._iteration), self._batch.trained)
-        if self._limit is None:
+        answered = self._queue.answered(self._iteration)
+        if answered < self._batch.trained:
             return
+        if answered > self._answered:  # the notes are long, and many read them
+            self._answered = answered
+            self._limit = cutoff(self._queue.lengths(self._iteration), self._batch.trained)
         unfinished = {sample: tokens for sample, _, tokens in self._engine.lengths()}
         reached = unfinished | {s: len(each.response) - 1 for s, each in self._waiting.items()}
         lost = {
