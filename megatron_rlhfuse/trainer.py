@@ -184,8 +184,9 @@ class Trainer:
         self._decision = self.generation.finish(
             list(lengths.values()), scoring.samples, scoring.seconds
         )
-        self.lengths.add((prompts[each].index, tokens) for each, tokens in lengths.items())
         kept = self.rounds.settle(prompts, lengths)
+        # Which of the others were answered whole depends on time.
+        self.lengths.add((prompts[each].index, lengths[each]) for each in kept)
         if self.args.rollout_extra_prompts:
             self._rollout.settle(len(prompts.drawn) - prompts.trained, lengths, kept)
         scored = [item for item in scored if item.sample.sample_id in kept]

@@ -31,10 +31,8 @@ from megatron_rlhfuse.rollout.samples import Sample
 # takes longer than this to score.
 _POLL_S = 0.005
 
-_KEYS = (
-    *("finished", "finished_count", "closed", "scored", "scored_count"),
-    *("lengths", "lengths_count"),
-)
+_QUEUES = ("finished", "scored")
+_KEYS = ("finished_count", "closed", "scored_count", "lengths", "lengths_count")
 """Of an iteration."""
 
 
@@ -179,6 +177,9 @@ class SampleQueue:
 
     def delete(self, iteration: int) -> None:
         """Removes everything about an iteration; one rank calls this, and nobody asks any more."""
+        for name in _QUEUES:  # the store does not delete queues, but an empty one takes no room
+            while self._pop(f"{iteration}/{name}") is not None:
+                pass
         for name in _KEYS:
             self._store.delete_key(f"{iteration}/{name}")
 

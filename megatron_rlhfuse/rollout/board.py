@@ -133,7 +133,9 @@ class MigrationBoard:
         for name in ("version", "board"):
             self._store.delete_key(self._key(name))
         for instance in range(instances):
-            for name in ("report", "samples", "released"):
+            while self.receive(instance) is not None:  # the store does not delete queues
+                pass
+            for name in ("report", "released"):
                 self._store.delete_key(self._key(f"{name}/{instance}"))
 
     def _key(self, name: str) -> str:

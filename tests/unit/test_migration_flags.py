@@ -164,8 +164,28 @@ def test_by_default_everything_is_chosen_while_it_runs(parse: Parse) -> None:
     assert args.rlhfuse_migration_batch is None
     assert args.rlhfuse_migration_policy == "busiest"
     assert args.rlhfuse_migration_transfer == "auto"
+    assert args.rlhfuse_migration_relay == "gloo"
     assert not args.rlhfuse_migration_rebalance
     assert args.rollout_pace == 0
+
+
+def test_a_relay_whose_package_is_missing_is_refused(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = "--rlhfuse-fusion inter --rlhfuse-migration-relay nixl"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(parse, flags)
+    assert message.startswith(
+        "--rlhfuse-migration-relay nixl needs the packages nixl and nixl-cu13"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert parse(flags).rlhfuse_migration_relay == "nixl"
+
+
+@pytest.mark.parametrize("fusion", ["none", "intra"])
+def test_a_relay_has_no_effect_without_migration(parse: Parse, fusion: str) -> None:
+    message = refusal(parse, f"--rlhfuse-fusion {fusion} --rlhfuse-migration-relay nixl")
+    assert f"--rlhfuse-migration-relay has no effect with --rlhfuse-fusion {fusion}: " in message
 
 
 def test_engines_are_paced_in_any_job(parse: Parse) -> None:
