@@ -189,6 +189,7 @@ def _check_migration(args: argparse.Namespace) -> None:
         "rlhfuse_migration_threshold": args.rlhfuse_migration_threshold is not None,
         "rlhfuse_migration_policy": args.rlhfuse_migration_policy != "busiest",
         "rlhfuse_migration_transfer": args.rlhfuse_migration_transfer != "auto",
+        "rlhfuse_migration_relay": args.rlhfuse_migration_relay != "gloo",
         "rlhfuse_migration_batch": args.rlhfuse_migration_batch is not None,
         "rlhfuse_migration_rebalance": args.rlhfuse_migration_rebalance,
     }
@@ -199,6 +200,11 @@ def _check_migration(args: argparse.Namespace) -> None:
                     f"{flag(name)} has no effect with --rlhfuse-fusion {args.rlhfuse_fusion}: "
                     "give inter or both, or leave it out"
                 )
+    if args.rlhfuse_migration_relay == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise FlagError(
+            "--rlhfuse-migration-relay nixl needs the packages nixl and nixl-cu13 (nixl-cu12 with "
+            "a torch for CUDA 12): install them, or use gloo"
+        )
 
 
 def _check_kl(args: argparse.Namespace) -> None:

@@ -50,6 +50,13 @@ def add_migration(parser: argparse.ArgumentParser) -> None:
         "computed again; 'auto' takes what is faster by the measured rates",
     )
     add(
+        "--rlhfuse-migration-relay",
+        choices=["gloo", "nixl"],
+        default="gloo",
+        help="how keys and values get from node to node: over Gloo's connections, or by NIXL, "
+        "which uses InfiniBand and RoCE and is a package of its own",
+    )
+    add(
         "--rlhfuse-migration-batch",
         type=int,
         metavar="N",

