@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.inference.instance import Scoring
-from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.observe.metrics import Value
 from megatron_rlhfuse.rollout.controller import Decision
 
@@ -23,16 +22,16 @@ class RolloutTimes:
         """Generation's start; its end on this rank."""
         self.ended = self.first_scored = self.idle_s = 0.0
         self.stages: dict[str, float] = {}
-        """Seconds until the last sample was finished, and from then on."""
+        """Seconds until the last engine was done, and from then on."""
         self.deferred_prompts: int | None = None
         """None where no prompts are left out of training."""
         self.discarded_tokens = 0
 
-    def finish(self, scoring: Scoring, scored: Sequence[ScoredSample]) -> None:
-        """At the end of inference. scored: all samples of the iteration."""
+    def finish(self, scoring: Scoring, generation_end: float) -> None:
+        """At the end of inference. generation_end: time.time() of the last engine's last sample,
+        or of when it gave up what was left out."""
         self.ended = time.time()
-        last = max(item.sample.finished for item in scored)
-        generation = min(max(0.0, last - self.began), self.ended - self.began)
+        generation = min(max(0.0, generation_end - self.began), self.ended - self.began)
         self.stages = {
             "generation": generation,
             "inference": self.ended - self.began - generation,

@@ -178,7 +178,7 @@ class Trainer:
                     self.queue.wait_scored(iteration)
             collected = self.queue.collect(iteration) if dist.get_rank() == 0 else None
             scored = [ScoredSample.from_bytes(m) for m in broadcast_messages(collected, 0)]
-        self._rollout.finish(scoring, scored)
+        self._rollout.finish(scoring, self.queue.generation_end(iteration))
         self._seconds |= self._rollout.stages
         lengths = {item.sample.sample_id: len(item.sample.response) for item in scored}
         self._decision = self.generation.finish(

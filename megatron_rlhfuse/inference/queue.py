@@ -32,7 +32,7 @@ from megatron_rlhfuse.rollout.samples import Sample
 _POLL_S = 0.005
 
 _QUEUES = ("finished", "scored")
-_KEYS = ("finished_count", "closed", "scored_count", "lengths", "lengths_count")
+_KEYS = ("finished_count", "ends", "closed", "scored_count", "lengths", "lengths_count")
 """Of an iteration."""
 
 
@@ -70,7 +70,12 @@ class SampleQueue:
 
     def close(self, iteration: int) -> None:
         """A generation instance says that it has offered all its samples."""
+        self._append(f"{iteration}/ends", f"{time.time()},")
         self._store.add(f"{iteration}/closed", 1)
+
+    def generation_end(self, iteration: int) -> float:
+        """time.time() at which the last instance closed; for after it has."""
+        return max(map(float, self._store.get(f"{iteration}/ends").decode().split(",")[:-1]))
 
     def wait_finished(self, iteration: int) -> None:
         """Returns once all samples of the iteration are finished."""
@@ -159,8 +164,7 @@ class SampleQueue:
 
     def note_length(self, iteration: int, tokens: int, prompt: int) -> None:
         """Tells all generation instances how long a prompt's longest response is."""
-        note = f"{tokens} {prompt},"
-        self._store.append(f"{iteration}/lengths", note)  # type: ignore[attr-defined]  # unlisted
+        self._append(f"{iteration}/lengths", f"{tokens} {prompt},")
         self._store.add(f"{iteration}/lengths_count", 1)
 
     def answered(self, iteration: int) -> int:
@@ -182,6 +186,9 @@ class SampleQueue:
                 pass
         for name in _KEYS:
             self._store.delete_key(f"{iteration}/{name}")
+
+    def _append(self, key: str, text: str) -> None:
+        self._store.append(key, text)  # type: ignore[attr-defined]  # torch's stubs lack it
 
     def _is_closed(self, iteration: int) -> bool:
         return self._store.add(f"{iteration}/closed", 0) >= self._instances

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -33,13 +35,26 @@ SMALL = {
     "rlhfuse-fusion": "none",
 }
 
+PACED: dict[str, Any] = {
+    "train_iters": 4,
+    "rollout_max_new_tokens": 96,
+    "rollout_pace": 0.02,
+    "lr": 1e-4,  # responses stay as long as they are at first
+    "ppo_kl_target": 0.1,
+}
+"""Engines paced as on a GPU, where a step of few sequences takes as long as one of many: else the
+toy model's tail would be over before it pays to migrate it."""
+
+INTER: dict[str, Any] = {"rlhfuse_fusion": "inter", "rlhfuse_migration_threshold": 0.5}
+KV: dict[str, Any] = {"rlhfuse_migration_transfer": "kv"}
+
 
 class Job:
     """One run of pretrain_rlhf.py on two ranks; `flags` replace or add to SMALL by name.
 
     A flag set to True is given without a value, one set to None is left out. `environment` is set
     besides this process's own. With two `nodes` each rank is started by a torchrun of its own, as
-    on two machines.
+    on two machines. `program` is run in place of pretrain_rlhf.py, with the same flags.
     """
 
     def __init__(
@@ -47,6 +62,7 @@ class Job:
         run_folder: Path,
         environment: Mapping[str, str] | None = None,
         nodes: int = 1,
+        program: Path | str = "pretrain_rlhf.py",
         **flags: object,
     ) -> None:
         assert TOY.is_dir(), "no toy models in build/toy: run `make toy`"
@@ -54,7 +70,8 @@ class Job:
         self.output_path = run_folder / "output.txt"
         given = {**SMALL, "rlhfuse-run-dir": run_folder}
         given |= {name.replace("_", "-"): value for name, value in flags.items()}
-        words = ["pretrain_rlhf.py"]
+        self._program = str(program)
+        words = [self._program]
         for name, value in given.items():
             if value is not None:
                 words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -109,7 +126,7 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, by rank."""
         agents = [psutil.Process(agent.pid) for agent in self._agents]
-        ranks = [p for agent in agents for p in agent.children() if _is_rank(p)]
+        ranks = [p for agent in agents for p in agent.children() if self._program in p.cmdline()]
         return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
 
     def engine(self, rank: int) -> psutil.Process:
@@ -163,5 +180,30 @@ def _shared_memory(pid: int) -> set[Path]:
     return {Path(path.removesuffix(" (deleted)")) for path in paths}
 
 
-def _is_rank(process: psutil.Process) -> bool:
-    return "pretrain_rlhf.py" in " ".join(process.cmdline())
+def start_paced(run: Path, **given: Any) -> Job:
+    """A job with the flags PACED, and others, that leaves its models in the folder `models`."""
+    return Job(run, save_hf=run / "models", **(PACED | given))
+
+
+def end(job: Job) -> None:
+    """Waits for a job that is to succeed."""
+    assert job.wait() == 0, job.output
+    job.assert_nothing_left()
+
+
+def run_paced(run: Path, **given: Any) -> Path:
+    """Runs such a job to its end, and returns its folder."""
+    end(start_paced(run, **given))
+    return run
+
+
+def copy_checkpoint(run: Path, iteration: int, to: Path) -> Path:
+    """Leaves in the folder `to` what a job had saved that ended after an iteration of `run`.
+
+    Returns the folder to --load.
+    """
+    checkpoints, name = to / "checkpoints", f"iter_{iteration:07d}"
+    shutil.copytree(run / "checkpoints" / name, checkpoints / name)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    shutil.copy(run / "metrics.jsonl", to)
+    return checkpoints

@@ -27,6 +27,22 @@ def learned(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in measured} for record in metrics(run)]
 
 
+def same_everywhere(run: Path) -> list[dict[str, Any]]:
+    """What was learned, without how far an engine's log-probabilities are from training's.
+
+    Those differ in the last bit with the samples that were decoded together.
+    """
+    return [
+        {k: v for k, v in record.items() if not k.startswith("logprob_difference")}
+        for record in learned(run)
+    ]
+
+
+def migrated(run: Path) -> list[dict[str, Any]]:
+    """Metrics of the iterations in which samples migrated."""
+    return [record for record in metrics(run) if record.get("migrated_samples")]
+
+
 def assert_equal_weights(run: Path, expected: Path) -> None:
     """Every tensor of both models, bit for bit."""
     for model in ("actor", "critic"):
@@ -39,6 +55,20 @@ def assert_equal_weights(run: Path, expected: Path) -> None:
 
 def events_of(run: Path) -> list[Event]:
     return json.loads((run / "trace.json").read_text())["traceEvents"]
+
+
+def spans_of(run: Path, category: str) -> list[Event]:
+    return [e for e in events_of(run) if e["ph"] == "X" and e["cat"] == category]
+
+
+def during(run: Path, iteration: int) -> list[Event]:
+    """The spans of all ranks in an iteration, which begins and ends on each by its own clock."""
+    found = tracks(run)
+    spans: list[Event] = []
+    for (rank, _), track in found.items():
+        (whole,) = (e for e in found[rank, "main"] if e["name"] == f"iteration {iteration}")
+        spans += [e for e in track if whole["ts"] <= e["ts"] <= end_of(whole) and e is not whole]
+    return spans
 
 
 def tracks(run: Path) -> dict[tuple[int, str], list[Event]]:

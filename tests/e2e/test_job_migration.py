@@ -1,42 +1,30 @@
 """Whole jobs that score the first samples while the last ones migrate and are still generated.
 
-What is learned must not show any of it. Engines are paced as on a GPU, where a step of few
-sequences takes as long as one of many: else the toy model's tail would be over before it pays to
-migrate it.
+What is learned must not show any of it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_rlhfuse.observe.metrics import METRICS
-from tests.e2e.jobs import Job
+from tests.e2e.jobs import INTER, KV, PACED, end, run_paced, start_paced
 from tests.e2e.runs import (
-    Event,
     assert_equal_weights,
+    during,
     end_of,
-    events_of,
-    learned,
     metrics,
-    tracks,
+    migrated,
+    same_everywhere,
+    spans_of,
 )
 
-ITERATIONS = 4
+ITERATIONS = PACED["train_iters"]
 SAMPLES = 16  # of an iteration
-COMMON = {
-    "train_iters": ITERATIONS,
-    "rollout_batch_size": SAMPLES,
-    "rollout_max_new_tokens": 96,
-    "rollout_pace": 0.02,
-    "lr": 1e-4,  # responses stay as long as they are at first
-    "ppo_kl_target": 0.1,
-}
-INTER = {"rlhfuse_fusion": "inter", "rlhfuse_migration_threshold": 0.5}
-KV = {"rlhfuse_migration_transfer": "kv"}
 MIGRATION_FIELDS = {
     "migration_threshold",
     "migrated_samples",
@@ -49,29 +37,15 @@ MIGRATION_FIELDS = {
 """Of every iteration of a job that fuses generation and inference."""
 
 
-def start(run: Path, **flags: Any) -> Job:
-    return Job(run, save_hf=run / "models", **(COMMON | flags))
-
-
-def end(job: Job) -> None:
-    assert job.wait() == 0, job.output
-    job.assert_nothing_left()
-
-
-def run_to_end(run: Path, **flags: Any) -> Path:
-    end(start(run, **flags))
-    return run
-
-
 @pytest.fixture(scope="module")
 def unfused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_to_end(tmp_path_factory.mktemp("unfused"), rlhfuse_fusion="none")
+    return run_paced(tmp_path_factory.mktemp("unfused"), rlhfuse_fusion="none")
 
 
 @pytest.fixture(scope="module")
 def by_kv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples migrate with their keys and values."""
-    return run_to_end(tmp_path_factory.mktemp("kv"), **INTER, **KV)
+    return run_paced(tmp_path_factory.mktemp("kv"), **INTER, **KV)
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +56,25 @@ def by_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rlhfuse_migration_transfer": "tokens",
         "rlhfuse_migration_rebalance": True,
     }
-    return run_to_end(tmp_path_factory.mktemp("tokens"), **(INTER | flags))
+    return run_paced(tmp_path_factory.mktemp("tokens"), **(INTER | flags))
 
 
 @pytest.fixture(scope="module")
 def both_fusions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Chooses its threshold by itself, and trains in a fused pipeline."""
     run = tmp_path_factory.mktemp("both")
-    return run_to_end(run, rlhfuse_fusion="both", rlhfuse_plan_cache="none")
+    return run_paced(run, rlhfuse_fusion="both", rlhfuse_plan_cache="none")
 
 
 @pytest.fixture(scope="module")
 def one_instance(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nowhere to migrate to; the second rank leads no engine."""
-    return run_to_end(tmp_path_factory.mktemp("one"), **INTER, rollout_instances=1)
+    return run_paced(tmp_path_factory.mktemp("one"), **INTER, rollout_instances=1)
 
 
 @pytest.fixture(scope="module")
 def never(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_to_end(
+    return run_paced(
         tmp_path_factory.mktemp("never"), **(INTER | {"rlhfuse_migration_threshold": 0})
     )
 
@@ -108,36 +82,33 @@ def never(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `by_kv`; what migrates goes from one node to the other."""
-    return run_to_end(tmp_path_factory.mktemp("nodes"), nodes=2, **INTER, **KV)
+    return run_paced(tmp_path_factory.mktemp("nodes"), nodes=2, **INTER, **KV)
 
 
-FUSED = ["by_kv", "by_tokens", "both_fusions", "one_instance", "never", "two_nodes"]
+@pytest.fixture(scope="module")
+def two_nodes_by_nixl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `two_nodes`, over another relay."""
+    if importlib.util.find_spec("nixl") is None:
+        pytest.skip("the package nixl is not installed")
+    flags = {"nodes": 2, "rlhfuse_migration_relay": "nixl"}
+    return run_paced(tmp_path_factory.mktemp("nixl"), **flags, **INTER, **KV)
+
+
+FUSED = [
+    "by_kv",
+    "by_tokens",
+    "both_fusions",
+    "one_instance",
+    "never",
+    "two_nodes",
+    "two_nodes_by_nixl",
+]
 
 
 @pytest.fixture(params=FUSED)
 def fused(request: pytest.FixtureRequest) -> Path:
     folder: Path = request.getfixturevalue(request.param)
     return folder
-
-
-def same_everywhere(run: Path) -> list[dict[str, Any]]:
-    """What was learned, without how far an engine's log-probabilities are from training's.
-
-    Those differ in the last bit with the samples that were decoded together.
-    """
-    return [
-        {k: v for k, v in record.items() if not k.startswith("logprob_difference")}
-        for record in learned(run)
-    ]
-
-
-def migrated(run: Path) -> list[dict[str, Any]]:
-    """Metrics of the iterations in which samples migrated."""
-    return [record for record in metrics(run) if record["migrated_samples"]]
-
-
-def spans_of(run: Path, category: str) -> list[Event]:
-    return [e for e in events_of(run) if e["ph"] == "X" and e["cat"] == category]
 
 
 def test_weights_and_metrics_equal_those_of_a_job_without_fusion(
@@ -171,7 +142,7 @@ def test_a_job_without_fusion_scores_nothing_before_the_last_sample(unfused: Pat
     assert not spans_of(unfused, "migration")
 
 
-@pytest.mark.parametrize("run", ["by_kv", "two_nodes"])
+@pytest.mark.parametrize("run", ["by_kv", "two_nodes", "two_nodes_by_nixl"])
 def test_samples_migrate_with_keys_and_values(request: pytest.FixtureRequest, run: str) -> None:
     records = migrated(request.getfixturevalue(run))
     assert records
@@ -226,16 +197,8 @@ def test_the_trace_shows_inference_beside_generation(by_kv: Path) -> None:
     pytest.fail("in no iteration a sample was scored before the last one was made")
 
 
-def during(run: Path, iteration: int) -> list[Event]:
-    """The spans of all ranks in an iteration, by rank 0's clock."""
-    found = tracks(run)
-    (whole,) = (e for e in found[0, "main"] if e["name"] == f"iteration {iteration}")
-    every = [event for spans in found.values() for event in spans]
-    return [e for e in every if whole["ts"] <= e["ts"] <= end_of(whole) and e is not whole]
-
-
 def test_an_engine_that_is_killed_changes_nothing(unfused: Path, tmp_path: Path) -> None:
-    job = start(tmp_path, **INTER, **KV)
+    job = start_paced(tmp_path, **INTER, **KV)
     job.wait_for("run folder")
     time.sleep(0.4)
     job.engine(rank=1).kill()

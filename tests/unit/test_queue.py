@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -343,3 +344,11 @@ def test_foreign_bytes_are_refused_and_never_unpickled(
         with pytest.raises(ValueError):
             queue.take(ITERATION, 1)
     assert not path.exists()
+
+
+def test_generation_ends_when_the_last_instance_closes(store: dist.TCPStore) -> None:
+    queue = SampleQueue(store, LONG_S, 2)
+    queue.close(ITERATION)
+    between = time.time()
+    consumer(store, instances=2).close(ITERATION)
+    assert between <= queue.generation_end(ITERATION) <= time.time()

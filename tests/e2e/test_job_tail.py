@@ -1,0 +1,161 @@
+"""Whole jobs that leave their longest prompts out and train them together later, and that deal
+prompts out by how long their responses were.
+
+Which engine makes a sample, beside which others, and what is given up when must not show in what is
+learned.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.jobs import INTER, KV, TOY, copy_checkpoint, end, run_paced, start_paced
+from tests.e2e.runs import (
+    assert_equal_weights,
+    during,
+    metrics,
+    same_everywhere,
+)
+
+PROMPTS = 8  # of the data and of a rollout batch, so that an epoch is over before an iteration
+COPIES = 2
+EXTRA = 4  # prompts that an iteration answers beyond those it trains
+DEFERRED = [EXTRA, EXTRA, 0, EXTRA]
+"""By iteration: after two short rounds those that were left out make up the third."""
+SHORT = [1, 2, 4]
+TAIL = {
+    "rollout_samples_per_prompt": COPIES,
+    "rollout_extra_prompts": EXTRA / PROMPTS,
+    "rollout_max_num_seqs": 4,  # of the twelve samples that an engine has, more or less
+}
+LONGEST_FIRST = {"rollout_dispatch": "longest-first"}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = (TOY / "prompts.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:PROMPTS]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without fusion, prompts dealt out one by one."""
+    run = tmp_path_factory.mktemp("plain")
+    return run_paced(run, prompt_data=prompts, rlhfuse_fusion="none", **TAIL)
+
+
+@pytest.fixture(scope="module")
+def fused(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saves after every iteration."""
+    run = tmp_path_factory.mktemp("fused")
+    return run_paced(
+        run,
+        prompt_data=prompts,
+        **TAIL,
+        **INTER,
+        **KV,
+        **LONGEST_FIRST,
+        save=run / "checkpoints",
+        save_interval=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def resumed(fused: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Goes on after the first iteration of `fused`; at once an engine is killed."""
+    run = tmp_path_factory.mktemp("resumed")
+    job = start_paced(
+        run,
+        prompt_data=prompts,
+        **TAIL,
+        **INTER,
+        **KV,
+        **LONGEST_FIRST,
+        load=copy_checkpoint(fused, 1, run),
+    )
+    job.wait_for("resumed after iteration 1")
+    time.sleep(0.4)
+    job.engine(rank=1).kill()
+    end(job)
+    return run
+
+
+RUNS = ["plain", "fused", "resumed"]
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+def learned_alike(run: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in record.items() if k != "engine_restarts"}
+        for record in same_everywhere(run)
+    ]
+
+
+@pytest.mark.parametrize("name", ["fused", "resumed"])
+def test_neither_fusion_nor_dispatch_shows_in_what_is_learned(
+    request: pytest.FixtureRequest, plain: Path, name: str
+) -> None:
+    folder = request.getfixturevalue(name)
+    assert_equal_weights(folder, plain)
+    assert learned_alike(folder) == learned_alike(plain)
+
+
+def test_the_longest_prompts_are_left_out_and_trained_together(run: Path) -> None:
+    records = metrics(run)
+    assert [record["deferred_prompts"] for record in records] == DEFERRED
+    for record in records:
+        assert record["consumed_samples"] == PROMPTS * COPIES * record["iteration"]
+        assert (record["discarded_tokens"] > 0) == (record["deferred_prompts"] > 0)
+    *_, together, _ = (record["response_length_mean"] for record in records)
+    assert together > max(records[n - 1]["response_length_mean"] for n in SHORT)
+
+
+def test_only_a_round_without_left_out_prompts_migrates(fused: Path) -> None:
+    migrates = ["migrated_samples" in record for record in metrics(fused)]
+    assert migrates == [deferred == 0 for deferred in DEFERRED]
+
+
+def dealt(run: Path, iteration: int) -> dict[int, int]:
+    """By sample that was made whole: the rank, and so the instance, that made it."""
+    spans = [e for e in during(run, iteration) if e["cat"] == "sample"]
+    return {int(e["name"].removeprefix("sample ")): e["pid"] for e in spans}
+
+
+def test_prompts_are_dealt_out_by_their_lengths_once_these_are_known(
+    plain: Path, fused: Path
+) -> None:
+    for iteration in SHORT:
+        in_turn = {sample: sample // COPIES % 2 for sample in dealt(plain, iteration)}
+        assert dealt(plain, iteration) == in_turn
+        made = dealt(fused, iteration)
+        as_ever = all(rank == sample // COPIES % 2 for sample, rank in made.items())
+        assert as_ever == (iteration == 1)
+
+
+def test_a_resumed_job_deals_prompts_out_as_one_that_was_not_stopped(
+    fused: Path, resumed: Path
+) -> None:
+    for iteration in SHORT[1:]:
+        once, again = dealt(fused, iteration), dealt(resumed, iteration)
+        # Which of those that are left out are made whole depends on time.
+        both = once.keys() & again.keys()
+        assert len(both) >= PROMPTS * COPIES
+        assert {sample: once[sample] for sample in both} == {each: again[each] for each in both}
+
+
+def test_an_engine_was_killed_while_it_generated(resumed: Path) -> None:
+    assert [record["engine_restarts"] for record in metrics(resumed)] == [0, 1, 0, 0]
+    begun = [e["ts"] for e in during(resumed, 2) if e["cat"] == "sample" and e["pid"] == 1]
+    # A new engine takes seconds to start, then begins what the old one had not finished.
+    assert max(begun) > min(e["ts"] for e in during(resumed, 2)) + 1e6
