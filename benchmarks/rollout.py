@@ -1,18 +1,23 @@
 """Generation and inference with real engines, two ways by turns: how much faster, as predicted?
 
-    python benchmarks/rollout.py [--compare fusion|dispatch|rebalance|extra-prompts] [--pace S]
-                                 [--repeats N] [--samples N] [--threshold auto|F] [--max-num-seqs N]
-                                 [--transfer auto|kv|tokens] [--model toy|50m] [--extra F]
+    python benchmarks/rollout.py [--compare fusion|dispatch|rebalance|extra-prompts] [--fusion none]
+                                 [--pace S] [--repeats N] [--instances N] [--samples N] [--tokens N]
+                                 [--threshold auto|F] [--transfer auto|kv|tokens] [--model toy|50m]
+                                 [--max-num-seqs N] [--extra F]
     python benchmarks/rollout.py --transfer-costs
 
-Two ranks, each with a vLLM engine and an inference instance, on as many cores. A rollout of the
-same prompts with the same seeds is made both ways, by turns; times are medians. With --pace a step
-of an engine takes at least so long, as on a GPU that decodes few sequences as fast as one; without
-it engines and inference compete for the cores, which two GPUs' memory-bound decoding does not.
+Two ranks (--instances), each with a vLLM engine and an inference instance. Rollouts of the same
+prompts with the same seeds are made both ways, by turns; times are medians. With --pace a step of
+an engine takes at least so long, as on a GPU that decodes few sequences as fast as one; without it
+engines and inference compete for the cores, which two GPUs' memory-bound decoding does not.
 
---compare: `fusion`, serial and fused; `dispatch`, round-robin and longest-first (it matters where
---max-num-seqs lets samples wait); `rebalance`, one migration and as many as pay; `extra-prompts`,
-every prompt trained at once, and the longest deferred to an iteration of their own (--extra).
+What is compared:
+  fusion         one stage after the other, and both at once with the tail migrated
+  dispatch       prompts round-robin; longest first, by the lengths of earlier turns (the toy
+                 model's say nothing about its next) and, foreseen, by those that came out: it
+                 matters where samples wait for a place (--max-num-seqs)
+  rebalance      one migration, and as many as pay: with two instances there is only one
+  extra-prompts  every prompt trained at once, and the longest put off (--extra of the batch)
 
 Progress goes to standard error. The last line of standard output is JSON. Of `fusion`: serial_s,
 fused_s, speedup; predicted_serial_s, predicted_fused_s, predicted_speedup, which the simulation
@@ -55,6 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--pace", type=float, default=0.02, help="seconds of a step, at least")
     parser.add_argument("--repeats", type=int, default=5, help="rollouts each way")
+    parser.add_argument("--instances", type=int, default=2, help="ranks, each with an engine")
     parser.add_argument("--samples", type=int, default=64, help="of a rollout")
     parser.add_argument("--threshold", default="auto", help="--rlhfuse-migration-threshold")
     parser.add_argument("--transfer", default="auto", help="--rlhfuse-migration-transfer")
@@ -106,8 +112,9 @@ def _command(options: argparse.Namespace, folder: Path) -> list[str]:
     flags: dict[str, Any] = {
         "actor-model": model,
         "prompt-data": TOY / "prompts.jsonl",
-        "pipeline-model-parallel-size": 2,
-        "rollout-instances": 2,
+        "rollout-instances": options.instances,
+        # One replica on all ranks: training is not what is measured, and any batch fits it.
+        "pipeline-model-parallel-size": options.instances,
         "rollout-max-prompt-tokens": 64,
         "rollout-max-new-tokens": options.tokens,
         "rollout-batch-size": options.samples,
@@ -129,7 +136,13 @@ def _command(options: argparse.Namespace, folder: Path) -> list[str]:
         flags["reward-function"] = "rollout_models:no_reward"  # beside the workers' script
         flags["critic-model"] = model
     pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(options.instances),
+    ]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     # Random weights never stop by themselves: one token in thirty ends a response.
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]

@@ -6,72 +6,17 @@ but where prompts are left out. Rollouts before the first that counts warm up ca
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
+from rollout_runs import Rollout, Rollouts, medians, mismatched, rank_correlation, speedup
 
+from megatron_rlhfuse.migration.lengths import LengthHistory
 from megatron_rlhfuse.migration.simulate import simulate_rollout
 from megatron_rlhfuse.rollout.prompt_rounds import DrawnPrompt, PromptBatch
 
 WARM_UPS = 2
-
-
-@dataclass
-class Rollout:
-    """One of them, the same on every rank."""
-
-    seconds: float
-    lengths: dict[int, int]
-    """Response tokens by sample, of those to train."""
-    tokens: dict[int, tuple[int, ...]]
-    observed: dict[str, float]
-    """Over all ranks, of `GenerationStage.observe`."""
-    discarded: float
-    """Tokens of prompts that were left out."""
-
-
-class Rollouts:
-    """Makes rollouts, one after the other."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.iteration = 0
-
-    def run(self, batch: PromptBatch) -> Rollout:
-        """Generates and scores; both sides find caches empty."""
-        trainer = self.trainer
-        self.iteration += 1
-        dist.barrier()
-        began = time.perf_counter()
-        trainer.generate(self.iteration, batch)
-        scored = trainer.infer(self.iteration, batch)
-        seconds = time.perf_counter() - began
-        observed: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(observed, trainer.generation.observe())
-        trainer.generation.wake()
-        if trainer.generation._engine is not None:
-            trainer.generation._engine.free_cache()
-        dist.barrier()
-        samples = [item.sample for item in scored]
-        totals = {key: sum(each[key] for each in observed) for key in observed[0]}
-        discarded = totals["discarded"]
-        return Rollout(
-            seconds,
-            {sample.sample_id: len(sample.response) for sample in samples},
-            {sample.sample_id: sample.response for sample in samples},
-            totals,
-            discarded + trainer._rollout.discarded_tokens,
-        )
-
-    def tell(self, turn: int, **values: float) -> None:
-        if dist.get_rank() == 0:
-            shown = {key: round(value, 3) for key, value in values.items()}
-            print(f"turn {turn + 1} of {self.trainer.args.train_iters}: {shown}", file=sys.stderr)
 
 
 def compare_fusion(trainer: Any) -> dict[str, Any]:
@@ -80,27 +25,31 @@ def compare_fusion(trainer: Any) -> dict[str, Any]:
     batch = trainer.next_prompts(1)
     rows: list[dict[str, float]] = []
     for turn in range(-WARM_UPS, trainer.args.train_iters):
-        trainer.args.fuses_rollout = False
-        serial = rollouts.run(batch)
-        trainer.args.fuses_rollout = True
-        rates = _rates(trainer, batch)
-        fused = rollouts.run(batch)
+        made = {}
+        for fuses in (False, True) if turn % 2 == 0 else (True, False):
+            trainer.args.fuses_rollout = fuses
+            if fuses:
+                rates = _rates(trainer, batch)
+            made[fuses] = rollouts.run(batch)
+            if fuses:
+                decision = trainer._decision
+        serial, fused = made[False], made[True]
         row = {
             "serial_s": serial.seconds,
             "fused_s": fused.seconds,
             "migrated": fused.observed["migrated"],
             "recomputed_tokens": fused.observed["recomputed"],
-            "mismatched_tokens": _mismatched(serial.tokens, fused.tokens),
+            "mismatched_tokens": mismatched(serial.tokens, fused.tokens),
         }
-        if trainer._decision is not None:
-            row["threshold"] = trainer._decision.threshold
+        if decision is not None:
+            row["threshold"] = decision.threshold
             if rates is not None:
-                row |= _predict_fusion(trainer, batch, rates, fused)
+                row |= _predict_fusion(trainer, batch, rates, decision, fused)
         rollouts.tell(turn, **row)
         if turn >= 0:
             rows.append(row)
-    result = _medians(rows, "serial_s", "fused_s", "predicted_serial_s", "predicted_fused_s")
-    result |= _speedup(rows, "serial_s", "fused_s")
+    result = medians(rows, "serial_s", "fused_s", "predicted_serial_s", "predicted_fused_s")
+    result |= speedup(rows, "serial_s", "fused_s")
     if result["predicted_fused_s"] is not None:
         predicted = result["predicted_serial_s"] / result["predicted_fused_s"]
         result["predicted_speedup"] = round(predicted, 4)
@@ -110,11 +59,12 @@ def compare_fusion(trainer: Any) -> dict[str, Any]:
     result["migrated"] = migrated / len(rows)
     result["recomputed_tokens_per_sample"] = round(recomputed / migrated, 3) if migrated else None
     result["mismatched_tokens"] = sum(row["mismatched_tokens"] for row in rows)
-    return result | _medians(rows, "threshold")
+    return result | medians(rows, "threshold")
 
 
 def compare_dispatch(trainer: Any) -> dict[str, Any]:
-    """Prompts to instances by turns; and those first that had the longest responses so far.
+    """Prompts to instances by turns; those first that had the longest responses so far; and those
+    that will have them, as if responses always were as long as before.
 
     Every turn answers the same prompts with new random numbers, as epochs do.
     """
@@ -128,42 +78,48 @@ def compare_dispatch(trainer: Any) -> dict[str, Any]:
         rates = _rates(trainer, batch)
         trainer.args.rollout_dispatch = "round-robin"
         plain = rollouts.run(batch)
-        trainer.lengths.load_state_dict(known)  # of earlier turns only
+        decisions = [trainer._decision]
         trainer.args.rollout_dispatch = "longest-first"
-        sorted_ = rollouts.run(batch)
+        lengths = [float(plain.lengths[each]) for each in range(len(batch))]
+        trainer.lengths.load_state_dict(
+            {
+                "prompts": [each.prompt.index for each in batch.drawn],
+                "means": lengths,
+                "regression": [1.0, 1.0],
+            }
+        )
+        foreseen = rollouts.run(batch)
+        decisions.append(trainer._decision)
+        trainer.lengths.load_state_dict(known)  # of earlier turns only
+        remembered = rollouts.run(batch)
         row = {
             "round_robin_s": plain.seconds,
-            "longest_first_s": sorted_.seconds,
-            "rank_correlation": _rank_correlation(
-                expected, [plain.lengths[each] for each in range(len(expected))]
-            ),
-            "mismatched_tokens": _mismatched(plain.tokens, sorted_.tokens),
+            "longest_first_s": remembered.seconds,
+            "foreseen_s": foreseen.seconds,
+            "rank_correlation": rank_correlation(expected, lengths),
+            "mismatched_tokens": mismatched(plain.tokens, remembered.tokens)
+            + mismatched(plain.tokens, foreseen.tokens),
         }
-        if rates is not None:
-            case, lengths = _case(trainer, batch, rates, plain)
-            for name, dispatch, known_lengths in (
-                ("predicted_round_robin_s", "round-robin", expected),
-                ("predicted_longest_first_s", "longest-first", expected),
-                ("predicted_with_known_lengths_s", "longest-first", None),
-            ):
-                row[name] = simulate_rollout(
+        if rates is not None and None not in decisions:
+            case, made = _case(trainer, batch, rates, plain)
+            sides = (("round_robin", "round-robin"), ("foreseen", "longest-first"))
+            for (name, dispatch), decision in zip(sides, decisions, strict=True):
+                row[f"predicted_{name}_s"] = simulate_rollout(
                     case,
-                    lengths,
-                    0.0,
+                    made,
+                    decision.threshold,
                     trainer.args.fuses_rollout,
                     dispatch,  # type: ignore[arg-type]
-                    expected=known_lengths,
+                    distribution=trainer.generation._controller.history.distribution(),
                 ).stage_s
         rollouts.tell(turn, **row)
         if turn >= 0:
             rows.append(row)
-    names = ("round_robin_s", "longest_first_s")
-    predicted = (f"predicted_{name}" for name in (*names, "with_known_lengths_s"))
-    return (
-        _medians(rows, *names, *predicted, "rank_correlation")
-        | _speedup(rows, *names)
-        | {"mismatched_tokens": sum(row["mismatched_tokens"] for row in rows)}
-    )
+    names = ("round_robin_s", "longest_first_s", "foreseen_s")
+    result = medians(rows, *names, "predicted_round_robin_s", "predicted_foreseen_s")
+    result |= medians(rows, "rank_correlation") | speedup(rows, "round_robin_s", "longest_first_s")
+    result["foreseen_speedup"] = speedup(rows, "round_robin_s", "foreseen_s")["speedup"]
+    return result | {"mismatched_tokens": sum(row["mismatched_tokens"] for row in rows)}
 
 
 def compare_rebalance(trainer: Any) -> dict[str, Any]:
@@ -174,7 +130,8 @@ def compare_rebalance(trainer: Any) -> dict[str, Any]:
     for turn in range(-WARM_UPS, trainer.args.train_iters):
         row: dict[str, float] = {}
         tokens = []
-        for name, rebalance in (("once", False), ("rebalanced", True)):
+        sides = (("once", False), ("rebalanced", True))
+        for name, rebalance in sides if turn % 2 == 0 else reversed(sides):
             controller = trainer.generation._controller
             if controller is not None:
                 controller._options = replace(controller._options, rebalance=rebalance)
@@ -184,14 +141,14 @@ def compare_rebalance(trainer: Any) -> dict[str, Any]:
             row[f"{name}_migrated"] = made.observed["migrated"]
             if trainer._decision is not None:
                 row[f"{name}_migrations"] = len(trainer._decision.migrations)
-        row["mismatched_tokens"] = _mismatched(*tokens)
+        row["mismatched_tokens"] = mismatched(*tokens)
         rollouts.tell(turn, **row)
         if turn >= 0:
             rows.append(row)
     counts = [f"{name}_{what}" for name in ("once", "rebalanced") for what in _MOVED]
     return (
-        _medians(rows, "once_s", "rebalanced_s", *counts)
-        | _speedup(rows, "once_s", "rebalanced_s")
+        medians(rows, "once_s", "rebalanced_s", *counts)
+        | speedup(rows, "once_s", "rebalanced_s")
         | {"mismatched_tokens": sum(row["mismatched_tokens"] for row in rows)}
     )
 
@@ -206,15 +163,20 @@ def compare_extra_prompts(trainer: Any) -> dict[str, Any]:
     makes the very same samples, in the order in which their prompts were drawn.
     """
     rollouts = Rollouts(trainer)
-    trained, drawn = trainer.rounds._trained, trainer.sampler._batch_size
+    trained, drawn = trainer.rounds._trained, trainer.sampler.batch_size
     if drawn == trained or trained % (drawn - trained):
         raise SystemExit("--extra must be one over a whole number, and above 0")
     iterations = trained // (drawn - trained) + 1
     rows: list[dict[str, float]] = []
+    controller = trainer.generation._controller
+    # Each side chooses its thresholds by the lengths that it has seen itself.
+    histories = [LengthHistory(trainer.args.rollout_max_new_tokens) for _ in range(2)]
     for turn in range(-1, trainer.args.train_iters):
         draws: list[DrawnPrompt] = []
         row = {"tail_batched_s": 0.0, "plain_s": 0.0, "discarded_tokens": 0.0}
         tail_batched: dict[Any, Any] = {}
+        if controller is not None:
+            controller.history = histories[0]
         for _ in range(iterations):
             batch = trainer.next_prompts(rollouts.iteration + 1)
             draws += batch.drawn if batch.leaves_out else ()
@@ -223,13 +185,15 @@ def compare_extra_prompts(trainer: Any) -> dict[str, Any]:
             row["discarded_tokens"] += made.discarded
             tail_batched |= _by_draw(batch, made)
         assert trainer.rounds.deferred == 0
+        if controller is not None:
+            controller.history = histories[1]
         plain: dict[Any, Any] = {}
         for start in range(0, len(draws), trained):
             batch = PromptBatch(tuple(draws[start : start + trained]), batch.copies, trained)
             made = rollouts.run(batch)
             row["plain_s"] += made.seconds
             plain |= _by_draw(batch, made)
-        row["mismatched_tokens"] = _mismatched(plain, tail_batched)
+        row["mismatched_tokens"] = mismatched(plain, tail_batched)
         row["samples"] = len(plain)
         row["longest_tokens"] = max(map(len, plain.values()))
         row["discarded_share"] = row["discarded_tokens"] / sum(map(len, plain.values()))
@@ -237,8 +201,8 @@ def compare_extra_prompts(trainer: Any) -> dict[str, Any]:
         if turn >= 0:
             rows.append(row)
     return (
-        _medians(rows, "plain_s", "tail_batched_s", "samples", "longest_tokens", "discarded_share")
-        | _speedup(rows, "plain_s", "tail_batched_s")
+        medians(rows, "plain_s", "tail_batched_s", "samples", "longest_tokens", "discarded_share")
+        | speedup(rows, "plain_s", "tail_batched_s")
         | {"mismatched_tokens": sum(row["mismatched_tokens"] for row in rows)}
     )
 
@@ -282,54 +246,10 @@ def _case(trainer: Any, batch: PromptBatch, rates: Any, made: Rollout) -> tuple[
 
 
 def _predict_fusion(
-    trainer: Any, batch: PromptBatch, rates: Any, fused: Rollout
+    trainer: Any, batch: PromptBatch, rates: Any, decision: Any, fused: Rollout
 ) -> dict[str, float]:
     case, lengths = _case(trainer, batch, rates, fused)
     known = trainer.generation._controller.history.distribution()
-    threshold = trainer._decision.threshold
-    together = simulate_rollout(case, lengths, threshold, distribution=known)
+    together = simulate_rollout(case, lengths, decision.threshold, distribution=known)
     serial = simulate_rollout(case, lengths, None, fused=False)
     return {"predicted_serial_s": serial.stage_s, "predicted_fused_s": together.stage_s}
-
-
-def _mismatched(one: dict[int, Any], other: dict[int, Any]) -> int:
-    assert one.keys() == other.keys()
-    return sum(
-        abs(len(one[key]) - len(other[key]))
-        + sum(a != b for a, b in zip(one[key], other[key], strict=False))
-        for key in one
-    )
-
-
-def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's; 0 where one side says nothing."""
-    if len(set(one)) == 1 or len(set(other)) == 1:
-        return 0.0
-    return statistics.correlation(one, other, method="ranked")
-
-
-def _medians(rows: Sequence[dict[str, float]], *names: str) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name in names:
-        values = [row[name] for row in rows if name in row]
-        result[name] = round(statistics.median(values), 4) if values else None
-    return result
-
-
-def _speedup(rows: Sequence[dict[str, float]], before: str, after: str) -> dict[str, Any]:
-    """Of medians; and the range of both sides."""
-    result: dict[str, Any] = {
-        "speedup": round(
-            statistics.median(row[before] for row in rows)
-            / statistics.median(row[after] for row in rows),
-            4,
-        ),
-        "repeats": len(rows),
-    }
-    for name in (before, after):
-        values = [row[name] for row in rows]
-        result[name.removesuffix("_s") + "_spread_s"] = [
-            round(min(values), 4),
-            round(max(values), 4),
-        ]
-    return result

@@ -186,6 +186,11 @@ class PromptSampler:
         self._order: tuple[int, list[int]] | None = None  # (epoch, its permutation)
 
     @property
+    def batch_size(self) -> int:
+        """Prompts of an iteration."""
+        return self._batch_size
+
+    @property
     def position(self) -> int:
         """Prompts drawn since the run began."""
         return self._position
@@ -195,10 +200,10 @@ class PromptSampler:
         """Epoch of the next prompt, from 0."""
         return self._position // self._dataset_size
 
-    def next_batch(self) -> list[int]:
-        """Indices of the next `batch_size` prompts."""
+    def next_batch(self, count: int | None = None) -> list[int]:
+        """Indices of the next `batch_size` prompts, or of `count`."""
         batch = []
-        for _ in range(self._batch_size):
+        for _ in range(self._batch_size if count is None else count):
             batch.append(self._epoch_order(self.epoch)[self._position % self._dataset_size])
             self._position += 1
         return batch

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from megatron_rlhfuse.models.save import save_hf
 from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.rlhf.kl import make_kl_controller
 from megatron_rlhfuse.rollout.controller import Decision
-from megatron_rlhfuse.rollout.prompt_rounds import PromptBatch, PromptRounds
+from megatron_rlhfuse.rollout.prompt_rounds import PromptBatch, PromptRounds, extra_prompts
 from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.rollout_times import RolloutTimes
 from megatron_rlhfuse.run_record import RunRecord
@@ -128,7 +127,7 @@ class Trainer:
                 f"--prompt-data, its model has {args.actor_shape.vocab_size}"
             )
         trained = args.rollout_batch_size // args.rollout_samples_per_prompt
-        extra = math.ceil(trained * args.rollout_extra_prompts)
+        extra = extra_prompts(trained, args.rollout_extra_prompts)
         self.sampler = PromptSampler(len(self.dataset), trained + extra, args.seed)
         self.rounds = PromptRounds(
             self.dataset, self.sampler, args.rollout_samples_per_prompt, trained
@@ -262,7 +261,7 @@ class Trainer:
                     "gives now: resume with the same files and --rollout-max-prompt-tokens"
                 )
             self.sampler.load_state_dict(progress["data"])
-            self.rounds.load_state_dict(progress["rounds"])
+            self.rounds.load_state_dict(progress.get("rounds", {}))
             if self._heeds_lengths and "lengths" in progress:
                 self.lengths.load_state_dict(progress["lengths"])
             self.kl_controller.load_state_dict(progress["kl"])

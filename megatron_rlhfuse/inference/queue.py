@@ -28,8 +28,9 @@ from megatron_rlhfuse.rollout.board import MigrationBoard
 from megatron_rlhfuse.rollout.samples import Sample
 
 # Polling keeps the interpreter responsive to signals, which a blocking pop does not; a sample
-# takes longer than this to score.
+# takes longer than this to score. One that waits long asks less often: hundreds of ranks may.
 _POLL_S = 0.005
+_SLOWEST_POLL_S = 0.02
 
 _QUEUES = ("finished", "scored")
 _KEYS = ("finished_count", "ends", "closed", "scored_count", "lengths", "lengths_count")
@@ -206,10 +207,12 @@ class SampleQueue:
 
     def _wait(self, ready: Callable[[], bool], describe: Callable[[], str]) -> None:
         deadline = time.monotonic() + self._timeout_s
+        pause = _POLL_S
         while not ready():
             if time.monotonic() > deadline:
                 raise StageTimeoutError(
                     f"{describe()} within {self._timeout_s:.0f} s; a slow stage needs a larger "
                     "--rlhfuse-stage-timeout"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(pause)
+            pause = min(1.05 * pause, _SLOWEST_POLL_S)

@@ -79,7 +79,9 @@ METRICS: dict[str, Metric] = {
     "deferred_prompts": Metric(
         "rollout", "prompts", "left out for being the longest; trained later, together"
     ),
-    "discarded_tokens": Metric("rollout", "tokens", "generated for prompts that were left out"),
+    "discarded_tokens": Metric(
+        "rollout", "tokens", "at least so many generated for prompts that were left out"
+    ),
     "migration_threshold": Metric(
         "rollout", "", "share of the batch from which on the tail may migrate"
     ),

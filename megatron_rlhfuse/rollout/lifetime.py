@@ -17,7 +17,7 @@ ENGINE_PROCESS_VARIABLE = "RLHFUSE_ENGINE_PROCESS"
 
 _PR_SET_PDEATHSIG = 1
 
-_OPEN_FILES = 1 << 16
+_OPEN_FILES = 1 << 16  # more would not be needed, and some programs go through all they may have
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -6,8 +6,8 @@ an iteration of their own, in which none is left out, so that long responses kee
 company (tail batching, after RollPacker).
 
 Invariants
-- what is trained depends on the lengths of responses in tokens, never on time: the same seed gives
-  the same samples on any machine, whatever is fused;
+- what is trained depends on the lengths of responses in tokens, never on time: where the same seed
+  gives the same samples, it trains the same ones, whatever is fused;
 - a prompt is deferred at most once: each that was drawn is trained exactly once, or is deferred;
 - a deferred prompt keeps the seeds that it was drawn with. Its response is what newer weights make
   of the same random numbers; with new ones it would often be a short one, and long responses would
@@ -16,6 +16,7 @@ Invariants
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -93,16 +94,20 @@ class PromptRounds:
         return len(self._deferred)
 
     def next_batch(self, iteration: int) -> PromptBatch:
-        """Newly drawn prompts, or deferred ones where there are enough."""
-        if len(self._deferred) >= self._trained:
-            drawn = tuple(self._deferred[: self._trained])
+        """Newly drawn prompts, or deferred ones where there are enough.
+
+        What a job has deferred that is gone on with without extra prompts comes first.
+        """
+        old: list[DrawnPrompt] = []
+        if len(self._deferred) >= self._trained or self._sampler.batch_size == self._trained:
+            old = self._deferred[: self._trained]
             del self._deferred[: self._trained]
-        else:
-            drawn = tuple(
-                DrawnPrompt(self._dataset[index], iteration, position)
-                for position, index in enumerate(self._sampler.next_batch())
-            )
-        return PromptBatch(drawn, self._copies, self._trained)
+        new = (self._trained if old else self._sampler.batch_size) - len(old)
+        drawn = [
+            DrawnPrompt(self._dataset[index], iteration, position)
+            for position, index in enumerate(self._sampler.next_batch(new))
+        ]
+        return PromptBatch((*old, *drawn), self._copies, self._trained)
 
     def settle(self, batch: PromptBatch, lengths: Mapping[int, int]) -> set[int]:
         """The samples to be trained; defers all other prompts.
@@ -121,11 +126,16 @@ class PromptRounds:
         return {"deferred": [[d.prompt.index, d.iteration, d.position] for d in self._deferred]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues with the deferred prompts of a checkpoint."""
+        """Continues with the deferred prompts of a checkpoint; older ones know of none."""
         self._deferred = [
             DrawnPrompt(self._dataset[index], iteration, position)
-            for index, iteration, position in state["deferred"]
+            for index, iteration, position in state.get("deferred", ())
         ]
+
+
+def extra_prompts(trained: int, fraction: float) -> int:
+    """How many prompts an iteration answers beyond those it trains: rounded up."""
+    return math.ceil(round(trained * fraction, 6))  # 100 * 0.07 is a little more than 7
 
 
 def longest_responses(batch: PromptBatch, lengths: Mapping[int, int]) -> list[Length]:

@@ -135,34 +135,47 @@ class GenerationStage:
         if self._controller is not None:
             self._watch(queue, iteration, batch if migrates else None)
         prompts = dispatch_prompts(expected, self._instances, self._args.rollout_dispatch)
-        self._engine.submit(
-            [
-                GenerationRequest(each, batch[each].token_ids, batch.seed(self._seed, each))
-                for position in prompts[self._instance]
-                for each in batch.samples(position)
-            ]
-        )
+        mine = prompts[self._instance]
+        if batch.leaves_out and self._args.rollout_dispatch == "longest-first":
+            mine.reverse()  # the longest are what is left out: they must not take a place first
+        requests = [
+            GenerationRequest(each, batch[each].token_ids, batch.seed(self._seed, each))
+            for position in mine
+            for each in batch.samples(position)
+        ]
         if migrates:
-            self._generate_and_migrate(queue, iteration)
+            self._generate_and_migrate(queue, iteration, requests)
         elif batch.leaves_out:
-            self._generate_shortest(queue, iteration, batch)
+            self._generate_shortest(queue, iteration, batch, requests)
         else:
+            self._engine.submit(requests)
             while self._engine.unfinished:
                 self._offer(queue, iteration, self._engine.poll(_POLL_S))
         queue.close(iteration)
 
-    def _generate_shortest(self, queue: SampleQueue, iteration: int, batch: PromptBatch) -> None:
+    def _generate_shortest(
+        self,
+        queue: SampleQueue,
+        iteration: int,
+        batch: PromptBatch,
+        requests: Sequence[GenerationRequest],
+    ) -> None:
         assert self._engine is not None
+        self._engine.submit(requests)
         cut = TailCut(self._engine, queue, iteration, batch)
         while self._engine.unfinished:
             self._offer(queue, iteration, cut.finished(self._engine.poll(_MEMBER_POLL_S)))
             cut.step()
         self._discarded = cut.discarded_tokens
 
-    def _generate_and_migrate(self, queue: SampleQueue, iteration: int) -> None:
+    def _generate_and_migrate(
+        self, queue: SampleQueue, iteration: int, requests: Sequence[GenerationRequest]
+    ) -> None:
         assert self._engine is not None
         board = queue.board(iteration)
+        # Before the engine has anything to do: it reads off what the engine did until now.
         member = self._member = Member(self._engine, board, self._nodes, self._relay, self._tracer)
+        self._engine.submit(requests)
         waiting_since = time.monotonic()
         while True:
             self._offer(queue, iteration, self._engine.poll(_MEMBER_POLL_S))

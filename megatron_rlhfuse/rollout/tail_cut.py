@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 from megatron_rlhfuse.inference.queue import SampleQueue
@@ -22,6 +23,9 @@ from megatron_rlhfuse.rollout.prompt_rounds import (
     is_beyond,
 )
 from megatron_rlhfuse.rollout.samples import Sample
+
+LOOK_S = 0.1
+"""Between two looks at the noted lengths: they are long, and many instances read them."""
 
 
 class TailCut:
@@ -36,6 +40,7 @@ class TailCut:
         self._lost: set[int] = set()  # prompts given up
         self._limit: Length | None = None
         self._answered = 0  # prompts, when the limit was last looked up
+        self._looked = float("-inf")
         self.discarded_tokens = 0
         """Of samples that were given up, or finished and not offered."""
 
@@ -66,8 +71,8 @@ class TailCut:
         answered = self._queue.answered(self._iteration)
         if answered < self._batch.trained:
             return
-        if answered > self._answered:  # the notes are long, and many read them
-            self._answered = answered
+        if answered > self._answered and time.monotonic() - self._looked > LOOK_S:
+            self._answered, self._looked = answered, time.monotonic()
             self._limit = cutoff(self._queue.lengths(self._iteration), self._batch.trained)
         unfinished = {sample: tokens for sample, _, tokens in self._engine.lengths()}
         reached = unfinished | {s: len(each.response) - 1 for s, each in self._waiting.items()}

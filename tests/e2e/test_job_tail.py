@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.jobs import INTER, KV, TOY, copy_checkpoint, end, run_paced, start_paced
+from megatron_rlhfuse.data import Prompt, PromptSampler
+from megatron_rlhfuse.migration.dispatch import dispatch_prompts
+from megatron_rlhfuse.migration.prompt_lengths import PromptLengths
+from megatron_rlhfuse.rollout.prompt_rounds import PromptRounds
+from tests.e2e.jobs import INTER, KV, SMALL, TOY, copy_checkpoint, end, run_paced, start_paced
 from tests.e2e.runs import (
     assert_equal_weights,
     during,
@@ -122,8 +126,14 @@ def test_the_longest_prompts_are_left_out_and_trained_together(run: Path) -> Non
 
 
 def test_only_a_round_without_left_out_prompts_migrates(fused: Path) -> None:
-    migrates = ["migrated_samples" in record for record in metrics(fused)]
-    assert migrates == [deferred == 0 for deferred in DEFERRED]
+    for record, deferred in zip(metrics(fused), DEFERRED, strict=True):
+        assert (
+            record.get("migrated_samples", 0) > 0
+            if deferred == 0
+            else ("migrated_samples" not in record)
+        )
+    for iteration in SHORT:
+        assert not [e for e in during(fused, iteration) if e["cat"] == "migration"]
 
 
 def dealt(run: Path, iteration: int) -> dict[int, int]:
@@ -132,15 +142,29 @@ def dealt(run: Path, iteration: int) -> dict[int, int]:
     return {int(e["name"].removeprefix("sample ")): e["pid"] for e in spans}
 
 
-def test_prompts_are_dealt_out_by_their_lengths_once_these_are_known(
-    plain: Path, fused: Path
-) -> None:
-    for iteration in SHORT:
-        in_turn = {sample: sample // COPIES % 2 for sample in dealt(plain, iteration)}
-        assert dealt(plain, iteration) == in_turn
-        made = dealt(fused, iteration)
-        as_ever = all(rank == sample // COPIES % 2 for sample, rank in made.items())
-        assert as_ever == (iteration == 1)
+def test_prompts_are_dealt_out_by_what_earlier_lengths_say(plain: Path, fused: Path) -> None:
+    data = [Prompt(index, (1,), "", {}) for index in range(PROMPTS)]
+    sampler = PromptSampler(PROMPTS, PROMPTS + EXTRA, seed=SMALL["seed"])  # type: ignore[arg-type]
+    rounds, known = PromptRounds(data, sampler, COPIES, PROMPTS), PromptLengths()  # type: ignore[arg-type]
+    for iteration in range(1, len(DEFERRED) + 1):
+        batch = rounds.next_batch(iteration)
+        expected = [known.expected(drawn.prompt.index) for drawn in batch.drawn]
+        for run, dispatch in ((plain, "round-robin"), (fused, "longest-first")):
+            by_instance = dispatch_prompts(expected, 2, dispatch)  # type: ignore[arg-type]
+            wanted = {
+                sample: instance
+                for instance, prompts in enumerate(by_instance)
+                for prompt in prompts
+                for sample in batch.samples(prompt)
+            }
+            made = dealt(run, iteration)
+            assert len(made) >= PROMPTS * COPIES
+            if iteration in SHORT:  # in the other one they may have migrated
+                assert made == {sample: wanted[sample] for sample in made}
+        spans = [e for e in during(fused, iteration) if e["cat"] == "sample"]
+        lengths = {int(e["name"].removeprefix("sample ")): e["args"]["tokens"] for e in spans}
+        kept = rounds.settle(batch, lengths)
+        known.add((batch[sample].index, lengths[sample]) for sample in kept)
 
 
 def test_a_resumed_job_deals_prompts_out_as_one_that_was_not_stopped(

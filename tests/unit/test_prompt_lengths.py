@@ -25,6 +25,11 @@ def known(*iterations: list[tuple[int, int]]) -> PromptLengths:
     return lengths
 
 
+def mean(lengths: PromptLengths, prompt: int) -> float:
+    state = lengths.state_dict()
+    return float(dict(zip(state["prompts"], state["means"], strict=True))[prompt])
+
+
 def expectations(lengths: PromptLengths) -> list[float]:
     """Of all prompts, and of one that was never answered."""
     return [lengths.expected(prompt) for prompt in (*PROMPTS, len(PROMPTS))]
@@ -36,7 +41,7 @@ def test_before_the_first_iteration_all_prompts_are_alike() -> None:
 
 
 def test_samples_of_a_prompt_are_averaged() -> None:
-    assert known([(0, 10), (1, 7), (0, 20), (0, 60)]).expected(0) == 30
+    assert mean(known([(0, 10), (1, 7), (0, 20), (0, 60)]), 0) == 30
 
 
 def test_an_unknown_prompt_is_as_long_as_the_average_one() -> None:
@@ -59,7 +64,40 @@ def test_older_epochs_count_for_less(tokens: list[int]) -> None:
 
 def test_other_prompts_do_not_age_a_length() -> None:
     lengths = known([(0, 100)], [(1, 4)], [(1, 4)])
-    assert lengths.expected(0) == 100
+    assert mean(lengths, 0) == 100
+
+
+def test_before_prompts_are_answered_twice_all_are_expected_alike() -> None:
+    lengths = known([(prompt, 10 * prompt + 1) for prompt in PROMPTS])
+    assert lengths.slope == 0
+    assert len(set(expectations(lengths))) == 1
+
+
+def test_means_that_tell_lengths_are_believed() -> None:
+    lengths = known(*[[(prompt, 10 * prompt + 1) for prompt in PROMPTS]] * 2)
+    assert lengths.slope == pytest.approx(1)
+    assert [lengths.expected(each) for each in PROMPTS] == pytest.approx(
+        [10 * each + 1 for each in PROMPTS]
+    )
+
+
+def test_means_that_tell_half_of_it_are_believed_by_half() -> None:
+    lengths = known(
+        [(prompt, 10 * prompt + 100) for prompt in PROMPTS],
+        [(prompt, 5 * prompt + 100) for prompt in PROMPTS],
+    )
+    assert lengths.slope == pytest.approx(0.5)
+
+
+def test_noise_deals_no_prompt_out_differently() -> None:
+    rng = random.Random(1)
+    lengths = PromptLengths()
+    for _ in range(20):
+        lengths.add((prompt, round(rng.lognormvariate(4, 1))) for prompt in range(200))
+    assert lengths.slope < 0.1
+    falling = known([(prompt, 10 + prompt) for prompt in PROMPTS])
+    falling.add([(prompt, 100 - prompt) for prompt in PROMPTS])  # the other way round
+    assert falling.slope == 0
 
 
 @given(iterations, st.integers())

@@ -19,6 +19,7 @@ from megatron_rlhfuse.rollout.prompt_rounds import (
     PromptBatch,
     PromptRounds,
     cutoff,
+    extra_prompts,
     is_beyond,
     longest_responses,
     shortest,
@@ -256,3 +257,40 @@ def test_a_batch_is_a_sequence_of_the_prompt_of_every_sample(
             batch[outside]
     of_prompts = [sample for position in range(prompts) for sample in batch.samples(position)]
     assert of_prompts == list(range(len(wanted)))
+
+
+@settings(deadline=None)
+@given(cases, st.randoms(use_true_random=False))
+def test_what_was_deferred_comes_first_in_a_job_without_extra_prompts(
+    case: Case, rng: random.Random
+) -> None:
+    before = case.rounds(case.sampler())
+    batch = before.next_batch(1)
+    before.settle(batch, random_lengths(batch, rng))
+    sampler = PromptSampler(len(DATASET), case.trained, seed=9)
+    after = case.rounds(sampler)
+    after.load_state_dict(before.state_dict())
+    waiting = [tuple(each) for each in before.state_dict()["deferred"]]
+    fresh = PromptSampler(len(DATASET), case.trained, seed=9)
+    for iteration in (2, 3):
+        drawn = [
+            (d.prompt.index, d.iteration, d.position) for d in after.next_batch(iteration).drawn
+        ]
+        old, waiting = waiting[: case.trained], waiting[case.trained :]
+        new = fresh.next_batch(case.trained - len(old))
+        assert drawn == [*old, *((index, iteration, i) for i, index in enumerate(new))]
+    assert after.deferred == len(waiting)
+
+
+def test_a_checkpoint_without_deferred_prompts_is_loaded() -> None:
+    case = Case(2, 1, 1, 3)
+    rounds = case.rounds(case.sampler())
+    rounds.load_state_dict({})
+    assert rounds.deferred == 0
+
+
+@pytest.mark.parametrize(
+    ("trained", "fraction", "extra"), [(100, 0.07, 7), (100, 0.55, 55), (8, 0.3, 3), (8, 0.0, 0)]
+)
+def test_extra_prompts_are_rounded_up(trained: int, fraction: float, extra: int) -> None:
+    assert extra_prompts(trained, fraction) == extra

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_rlhfuse.data import Prompt
 from megatron_rlhfuse.inference.queue import SampleQueue
+from megatron_rlhfuse.rollout import tail_cut
 from megatron_rlhfuse.rollout.prompt_rounds import (
     DrawnPrompt,
     PromptBatch,
@@ -29,6 +30,12 @@ INSTANCES = 2
 TIMEOUT_S = 30.0
 ITERATIONS = itertools.count(1)
 """Each test has one of its own in the store."""
+
+
+@pytest.fixture(autouse=True)
+def always_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step looks at the noted lengths, however soon it comes."""
+    monkeypatch.setattr(tail_cut, "LOOK_S", -1.0)
 
 
 @pytest.fixture(scope="module")
