@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhfuse.rollout import nixl_relay
 from megatron_rlhfuse.rollout.kv_relay import GlooRelay
 from megatron_rlhfuse.rollout.memory_file import path_of, write_bytes
 from megatron_rlhfuse.rollout.nixl_relay import NixlRelay
@@ -66,27 +68,37 @@ def make_samples(leader: int) -> Iterator[PartialSample]:
         yield PartialSample(request, (5,), (-0.5,), b"\1", 2 * bool(files), tuple(files), 1, 0.0)
 
 
+def mapped() -> int:
+    """Memory files that this process has mapped: a relay does so with those that it sends."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len({line.split()[4] for line in lines if "memfd:rlhfuse-kv" in line})
+
+
 def make_relay(kind: str, group: dist.ProcessGroup, block: int) -> GlooRelay:
     return NixlRelay(group, block, 30) if kind == "nixl" else GlooRelay(group, block)
 
 
 def check_relay(kind: str) -> list[dict[str, Any]] | None:
-    """Each leader sends its samples to the other, and then takes those of the other."""
+    """Each leader sends samples to the other and takes those of the other, twice."""
     group = dist.new_group(backend="gloo")
-    if dist.get_rank() % BLOCK:
-        return None
-    relay = make_relay(kind, group, BLOCK)
-    return [exchange(relay, dist.get_rank() // BLOCK) for _ in range(ROUNDS)]
+    results = None
+    if dist.get_rank() % BLOCK == 0:
+        relay = make_relay(kind, group, BLOCK)
+        results = [exchange(relay, dist.get_rank() // BLOCK) for _ in range(ROUNDS)]
+    dist.barrier()  # as in a job: nobody ends before all have forgotten
+    return results
 
 
 def exchange(relay: GlooRelay, instance: int) -> dict[str, Any]:
     other = 1 - instance
     already = relay.bytes
     samples = list(make_samples(instance))
-    for each in samples:
-        if each.kv_files:  # as Member does
-            relay.send(each, other)
-    received = [relay.receive(each, other) if each.kv_files else each for each in samples]
+    received = []
+    for some in (samples[:2], samples[2:]):  # the second time there are answers on the way
+        for each in some:
+            if each.kv_files:  # as Member does
+                relay.send(each, other)
+        received += [relay.receive(each, other) if each.kv_files else each for each in some]
     arrived = {
         each.sample_id: [Path(path).read_bytes() for path in each.kv_files] for each in received
     }
@@ -103,11 +115,10 @@ def exchange(relay: GlooRelay, instance: int) -> dict[str, Any]:
         == [replace(each, kv_files=(), kv_tokens=0) for each in received],
         "on this node": all(path.startswith(f"/proc/{os.getpid()}/fd/") for path in paths),
         "sent": relay.bytes - already,
+        "mapped": mapped(),
     }
-    # As in a job: all have what they read before anyone forgets.
-    relay.send(replace(samples[WHOLE], kv_files=(LOST,)), other)
-    relay.receive(replace(samples[WHOLE], kv_files=(LOST,)), other)
-    relay.forget()
+    relay.forget()  # the other may still be reading
+    result["mapped afterwards"] = mapped()
     result["gone"] = not any(os.path.exists(path) for path in paths)
     relay.forget()  # idempotent
     return result
@@ -144,6 +155,12 @@ def test_a_sample_whose_files_are_gone_goes_on_without_any(
 
 def test_what_was_received_is_freed_when_it_is_forgotten(results: list[dict[str, Any]]) -> None:
     assert all(result["gone"] for result in results)
+
+
+def test_what_was_sent_is_freed_when_it_is_forgotten(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert result["mapped"] == 2 * WORKERS + 1  # the whole samples, and a half
+        assert result["mapped afterwards"] == 0
 
 
 class LosesItsSource(NixlRelay):
@@ -233,6 +250,173 @@ def test_a_source_that_dies_or_hangs_costs_the_files(
     assert result.get("afterwards") == ("keys and values" if number == signal.SIGSTOP else None)
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert "instance 0 do not arrive, tokens are computed again" in line
+
+
+class AnswersWhenAsked:
+    """NIXL without a thread: what reads from this rank waits for `getNotifs`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("nixl._bindings"), name)
+
+    def nixlAgent(self, name: str, config: Any) -> Any:  # noqa: N802
+        config.useProgThread = False
+        return self.__getattr__("nixlAgent")(name, config)
+
+
+LATE = bytes(range(256)) * 4096
+
+
+def two_files(*files: bytes) -> PartialSample:
+    paths = tuple(path_of(write_bytes(file, "kv")) for file in files)
+    return PartialSample(GenerationRequest(0, (1, 2), 7), (5,), (-0.5,), b"\1", 2, paths, 1, 0.0)
+
+
+def check_late_read() -> dict[str, Any]:
+    """Rank 0 forgets a file that rank 1 has given up, and only then lets it be read."""
+    group, rank = dist.new_group(backend="gloo"), dist.get_rank()
+    word = torch.zeros(1)
+    sample = two_files(LATE, b"never asked for")
+    if rank == 1:
+        relay = NixlRelay(group, 1, LIMIT_S / 4)
+        files = relay.receive(sample, 0).kv_files
+        *_, image, request = relay._unfinished[0]
+        relay.forget()
+        dist.recv(word, 0)  # it has forgotten
+        has_ended = relay._has_ended(0)
+        dist.send(word, 0)
+        while not relay._has_ended(0):
+            time.sleep(0.01)
+        status = relay._agent.getXferStatus(request)
+        dist.send(word, 0)
+        return {
+            "files": files,
+            "ended before": has_ended,
+            "success": status == relay._nixl.NIXL_SUCCESS,
+            "bytes are right": image.numpy().tobytes() == LATE,
+        }
+    nixl_relay._import_nixl = AnswersWhenAsked
+    relay = NixlRelay(group, 1, LIMIT_S)
+    relay.send(sample, 1)
+    offered = mapped()
+    relay.forget()
+    held = mapped()
+    dist.send(word, 1)
+    dist.recv(word, 1)
+    has_ended = dist.irecv(word, 1)
+    assert has_ended is not None
+    waiter = threading.Thread(target=has_ended.wait)
+    waiter.start()
+    while waiter.is_alive():
+        relay._agent.getNotifs({}, relay._backends)
+    relay.forget()
+    return {"offered": offered, "held": held, "held to the end": mapped()}
+
+
+@needs_nixl
+def test_a_file_that_was_given_up_can_be_read_after_its_source_forgets(run_ranks: Any) -> None:
+    # Over shared memory the kernel reads, and no source can be late.
+    source, destination = run_ranks(check_late_read, 2, env={"UCX_TLS": "tcp"})
+    assert destination == {
+        "files": [],
+        "ended before": False,
+        "success": True,
+        "bytes are right": True,
+    }
+    # One of the two files was asked for.
+    assert source == {"offered": 2, "held": 1, "held to the end": 1}
+
+
+class Refuses:
+    """NIXL's agent, with one function that raises."""
+
+    def __init__(self, agent: Any, name: str) -> None:
+        self._agent, self._name = agent, name
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse if name == self._name else getattr(self._agent, name)
+
+    def _refuse(self, *_: Any) -> None:
+        raise RuntimeError(f"{self._name} is refused")
+
+
+SOURCE, DESTINATION = range(2)
+
+REFUSALS = {
+    # who, what: files that arrive, files that the source keeps, images that the destination keeps
+    (SOURCE, "registerMem"): (0, 0, 0),
+    (SOURCE, "getLocalPartialMD"): (0, 0, 0),
+    (SOURCE, "deregisterMem"): (2, 2, 0),
+    (DESTINATION, "registerMem"): (0, 0, 0),
+    (DESTINATION, "createXferReq"): (0, 0, 0),
+    (DESTINATION, "postXferReq"): (0, 1, 0),  # perhaps it was posted
+    (DESTINATION, "releaseXferReq"): (2, 0, 2),
+    (DESTINATION, "deregisterMem"): (2, 0, 2),
+    (DESTINATION, "invalidateRemoteMD"): (2, 0, 0),
+}
+
+
+def check_refusals() -> list[dict[str, Any]]:
+    """Rank 0 gives samples to rank 1; every refusal is followed by an iteration without one."""
+    relay = NixlRelay(dist.new_group(backend="gloo"), 1, LIMIT_S)
+    agent, rank = relay._agent, dist.get_rank()
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    nixl_relay.logger.addHandler(handler)
+
+    def iterate() -> dict[str, Any]:
+        log.clear()
+        before = mapped(), len(relay._kept)
+        files = (b"keys", b"values")
+        arrived = []
+        if rank == SOURCE:
+            relay.send(two_files(*files), DESTINATION)
+        else:
+            paths = relay.receive(two_files(*files), SOURCE).kv_files
+            arrived = [Path(path).read_text() for path in paths]
+        relay.forget()
+        after = mapped(), len(relay._kept)
+        return {
+            "arrived": arrived,
+            "mapped": after[0] - before[0],
+            "kept": after[1] - before[1],
+            "answers": sum(map(len, relay._answers.values())),
+            "log": list(log),
+        }
+
+    results = []
+    for who, name in REFUSALS:
+        relay._agent = Refuses(agent, name) if who == rank else agent
+        results.append(iterate())
+        relay._agent = agent
+        results[-1]["afterwards"] = iterate()
+    dist.barrier()
+    return results
+
+
+@pytest.fixture(scope="module")
+def refusals(run_ranks: Any) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Of source and destination."""
+    return dict(zip(REFUSALS, zip(*run_ranks(check_refusals, 2), strict=True), strict=True))
+
+
+@needs_nixl
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_errors_of_nixl_are_logged_and_free_nothing_that_is_in_use(
+    refusals: dict[tuple[int, str], list[dict[str, Any]]], refusal: tuple[int, str]
+) -> None:
+    who, name = refusal
+    arrived, kept_by_source, kept_by_destination = REFUSALS[refusal]
+    source, destination = refusals[refusal]
+    assert destination["arrived"] == ["keys", "values"][:arrived]
+    assert source["mapped"] == source["kept"] == kept_by_source
+    assert destination["kept"] == kept_by_destination
+    assert any(f"{name} is refused" in line for line in (source, destination)[who]["log"])
+    for rank in (source, destination):
+        assert rank["afterwards"]["kept"] == rank["afterwards"]["mapped"] == 0
+        assert rank["afterwards"]["log"] == []
+        assert rank["answers"] <= WORKERS  # those of this iteration
+    assert destination["afterwards"]["arrived"] == ["keys", "values"]
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
