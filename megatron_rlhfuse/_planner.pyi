@@ -1,4 +1,4 @@
-"""The compiled search (csrc/planner.cpp). Times and memory are in ticks."""
+"""The compiled search (csrc/planner/module.cpp). Times and memory are in ticks."""
 
 NO_LIMIT: int
 FAILED: int

@@ -139,6 +139,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "(default: 90 %% of what is free on a GPU after the first step; on a CPU no limit)",
     )
     add(
+        "--rlhfuse-dispatch",
+        choices=["balanced", "in-order"],
+        default="balanced",
+        help="which samples of a step share a micro-batch, and which replica computes it: those of "
+        "like length, with equal work for all replicas, or in the order of the mini-batch",
+    )
+    add(
         "--rlhfuse-trace",
         action=argparse.BooleanOptionalAction,
         default=True,

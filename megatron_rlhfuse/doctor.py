@@ -7,6 +7,7 @@ something that a run needs is missing or of another version than the tested one.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import shutil
 import sys
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
         check_python(sys.version_info[:3]),
         *(check_package(name) for name in versions.TESTED),
         check_megatron_training(),
-        check_planner(),
+        check_compiled("_planner", "schedule search"),
+        check_compiled("_dispatch", "dispatch of samples"),
         *(check_optional(name) for name in versions.OPTIONAL),
         check_device(),
         check_shared_memory(SHARED_MEMORY),
@@ -92,14 +94,13 @@ def check_megatron_training() -> Check:
     )
 
 
-def check_planner() -> Check:
-    """The compiled schedule search, which `rlhfuse plan` and fused training need."""
-    subject = "schedule search"
+def check_compiled(module: str, subject: str) -> Check:
+    """A part that is built from `csrc/`; jobs need all of them."""
     try:
-        from megatron_rlhfuse import _planner
+        compiled = importlib.import_module(f"megatron_rlhfuse.{module}")
     except ImportError as error:
         return Check(subject, f"does not load: {error}", "BAD", f"to build csrc/, {INSTALL}")
-    return Check(subject, f"compiled ({Path(_planner.__file__).name})", "ok")
+    return Check(subject, f"compiled ({Path(str(compiled.__file__)).name})", "ok")
 
 
 def check_optional(name: str) -> Check:

@@ -9,6 +9,7 @@ import statistics as st
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_rlhfuse.dispatch.micro_batches import Figures
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.observe import trace
 from megatron_rlhfuse.observe.metrics import MetricsWriter, Value
@@ -87,6 +88,7 @@ class RunRecord:
             "stopped_early": int(updates.stopped_early),
             **_policy_values(updates.actor),
             **_critic_values(updates.critic),
+            **_dispatch_values(updates.dispatch),
         }
 
     def describe_fusion(self, times: FusionTimes | None) -> None:
@@ -221,6 +223,15 @@ def _critic_values(steps: Sequence[StepResult]) -> dict[str, Value]:
         "critic_grad_norm": st.fmean(step.grad_norm for step in steps),
         "critic_lr": steps[-1].learning_rate,
         **_means(steps, names),
+    }
+
+
+def _dispatch_values(steps: Sequence[Figures]) -> dict[str, Value]:
+    if not steps:
+        return {}
+    return {
+        "padded_fraction": 1 - sum(s.tokens for s in steps) / sum(s.computed for s in steps),
+        "replica_imbalance": st.fmean(step.imbalance for step in steps),
     }
 
 

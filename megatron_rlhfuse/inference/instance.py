@@ -131,6 +131,8 @@ class InferenceInstance:
 
     def _score(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list[ScoredSample]:
         """Runs every model over the samples; results on the reporter, nothing elsewhere."""
+        # Those of like length share a micro-batch: it is padded to its longest.
+        samples = sorted(samples, key=lambda each: len(each.prompt) + len(each.response))
         parts = [
             samples[start : start + self._micro_batch_size]
             for start in range(0, len(samples), self._micro_batch_size)

@@ -96,6 +96,12 @@ METRICS: dict[str, Metric] = {
     ),
     "predicted_rollout_s": Metric("rollout", "s", "rollout_s as simulated beforehand"),
     "predicted_serial_rollout_s": Metric("rollout", "s", "the same without fusion"),
+    "padded_fraction": Metric(
+        "dispatch", "", "share of the tokens that training computes which is padding"
+    ),
+    "replica_imbalance": Metric(
+        "dispatch", "", "the dearest data-parallel replica of a step over the mean one"
+    ),
     "fusion_plan": Metric(
         "fusion", "", "where the fused steps' plan came from: 1f1b, greedy, search, cache, file"
     ),

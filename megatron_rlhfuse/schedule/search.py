@@ -1,10 +1,9 @@
 """Plans for fusion problems: the greedy one at once, better ones by search in C++ on all cores.
 
-The guided search (`csrc/walker.h`) first shortens the makespan until it meets the lower bound,
-then lowers the peak of activation memory at that makespan, and ends when that is at its bound too
-or the budget is spent. What it returns is never longer than the greedy plan or back-to-back 1F1B,
-where that keeps to the memory limits.
-"""
+The guided search (`csrc/planner/walker.h`) first shortens the makespan until it meets the lower
+bound, then lowers the peak of activation memory at that makespan, and ends when that is at its
+bound too or the budget is spent. What it returns is never longer than the greedy plan or back-to-
+back 1F1B, where that keeps to the memory limits."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ import argparse
 import zlib
 from dataclasses import dataclass, field, replace
 
-import torch
-
+from megatron_rlhfuse.dispatch.micro_batches import Figures
 from megatron_rlhfuse.observe.trace import Tracer
 from megatron_rlhfuse.rlhf.losses import PolicyLossOptions, aggregation_weights
+from megatron_rlhfuse.training.dispatching import Dispatcher
 from megatron_rlhfuse.training.experience import AdvantageOptions, Experience, mini_batches
 from megatron_rlhfuse.training.fused_training import FusedTraining, ModelStep
 from megatron_rlhfuse.training.heads import PolicyHead
@@ -33,6 +33,8 @@ class Updates:
     actor: list[StepResult] = field(default_factory=list)
     critic: list[StepResult] = field(default_factory=list)
     stopped_early: bool = False
+    dispatch: list[Figures] = field(default_factory=list)
+    """How the samples of every step of either model were dealt out."""
 
 
 class PPO:
@@ -52,6 +54,7 @@ class PPO:
         self._models = models
         self._tracer = tracer
         self._fused = fused
+        self._dispatchers = {name: Dispatcher(model) for name, model in models.by_name().items()}
         self._options = policy_loss_options(args)
         self._value_clip = args.ppo_value_clip or None
         self._head = PolicyHead(
@@ -88,6 +91,8 @@ class PPO:
             limit = args.ppo_early_stop_kl
             updates.stopped_early = limit is not None and actor.metrics["approx_kl"] > limit
         self.optimizer_steps += len(updates.actor)
+        for dispatcher in self._dispatchers.values():
+            updates.dispatch += dispatcher.take_figures()
         return updates
 
     def _step_both(
@@ -110,14 +115,14 @@ class PPO:
 
     def _actor_step(self, mini_batch: Experience, options: PolicyLossOptions) -> ModelStep:
         actor = self._models.actor
-        micro_batches = _micro_batches(actor, mini_batch)
+        micro_batches = self._dispatchers[actor.name].micro_batches(mini_batch)
         scale = LossScale(len(micro_batches), actor.replicas)
         return ModelStep(
             policy_step(self._head, options, scale), micro_batches, policy_metrics(options)
         )
 
     def _critic_step(self, critic: TrainedModel, mini_batch: Experience) -> ModelStep:
-        micro_batches = _micro_batches(critic, mini_batch)
+        micro_batches = self._dispatchers[critic.name].micro_batches(mini_batch)
         scale = LossScale(len(micro_batches), critic.replicas)
         return ModelStep(
             value_step(self._value_clip, scale), micro_batches, value_metrics(self._value_clip)
@@ -151,9 +156,3 @@ def advantage_options(args: argparse.Namespace) -> AdvantageOptions:
         missing_eos_penalty=args.ppo_missing_eos_penalty,
         samples_per_prompt=args.rollout_samples_per_prompt,
     )
-
-
-def _micro_batches(model: TrainedModel, mini_batch: Experience) -> list[Experience]:
-    """This replica's part of a mini-batch, in pieces of the model's micro-batch size."""
-    rows = model.share(torch.arange(len(mini_batch.scores)))
-    return [mini_batch.select(part) for part in rows.split(model.args.micro_batch_size)]

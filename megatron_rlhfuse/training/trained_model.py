@@ -92,10 +92,6 @@ class TrainedModel(PipelinedModel):
             self.module, self.shape, self.groups.layout, self.args.params_dtype
         )
 
-    def share(self, rows: Tensor) -> Tensor:
-        """This replica's part of a mini-batch's rows, [n] int64."""
-        return rows.chunk(self.replicas)[self.groups.pgc.dp.rank()]
-
     def step(
         self, forward_step: ForwardStep, micro_batches: Sequence[Experience], metrics: Sequence[str]
     ) -> StepResult:

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, object]]] = {
         (1, 1),
         {"micro_batch_size": 4, "critic_micro_batch_size": 1, "overlap_grad_reduce": True},
     ),
+    "DP4, samples in order": ((1, 1), (1, 1), {"rlhfuse_dispatch": "in-order"}),
     "PP4, recomputed activations": (
         (1, 4),
         (1, 1),

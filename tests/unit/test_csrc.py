@@ -1,4 +1,4 @@
-"""The C++ of the planner under the address and undefined-behaviour sanitizers."""
+"""The C++ of both modules under the address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_search_in_c_plus_plus_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["planner", "dispatch"])
+def test_the_c_plus_plus_under_sanitizers(part: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
-    program = tmp_path / "planner_checks"
+    program = tmp_path / "checks"
     flags = [
         "-std=c++17",
         "-O1",
@@ -26,9 +27,12 @@ def test_the_search_in_c_plus_plus_under_sanitizers(tmp_path: Path) -> None:
         "-fno-omit-frame-pointer",
     ]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = ROOT / "tests/csrc/planner_checks.cpp"
+    source = ROOT / f"tests/csrc/{part}_checks.cpp"
     built = subprocess.run(
-        [compiler, *flags, *sanitizers, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)],
+        [
+            *(compiler, *flags, *sanitizers),
+            *("-I", str(ROOT / "csrc" / part), str(source), "-o", str(program)),
+        ],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if "cannot find" in built.stderr and "san" in built.stderr:
