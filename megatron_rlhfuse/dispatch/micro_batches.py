@@ -135,11 +135,10 @@ def _cut_tokens(lengths: Sequence[int], tokens: int, replicas: int, cost: Sequen
         raise ValueError(
             f"sample {order[0]} has {lengths[order[0]]} tokens, more than a micro-batch's {tokens}"
         )
-    fewest = len(_greedy(lengths, order, tokens, float("inf"), cost))
-    count = -(-fewest // replicas) * replicas
+    best = _greedy(lengths, order, tokens, float("inf"), cost)
+    count = -(-len(best) // replicas) * replicas
     low = max((cost(length) for length in lengths), default=0.0)
-    high = len(lengths) * low
-    best = _greedy(lengths, order, tokens, high, cost)
+    high = max((padded_cost(lengths, run, cost) for run in best), default=0.0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         runs = _greedy(lengths, order, tokens, middle, cost)
@@ -160,8 +159,8 @@ def _greedy(
         longest = lengths[order[start]]
         rows = tokens // longest
         if most < float("inf"):
-            # At least the one: `most` is no less than the dearest sample.
-            rows = min(rows, max(1, int(most / cost(longest))))
+            # At least one: `most` is no less than the dearest sample. The sum is for rounding.
+            rows = min(rows, max(1, int(most / cost(longest) + 1e-9)))
         runs.append(list(order[start : start + rows]))
         start += rows
     return runs

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,9 @@ from megatron_rlhfuse.dispatch.micro_batches import (
     pipeline_order,
 )
 from megatron_rlhfuse.models.hf_config import ModelShape
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = runpy.run_path(str(ROOT / "benchmarks/dispatch_reference.py"))
 
 COST = SequenceCost(3.0, 0.01)
 
@@ -73,6 +78,14 @@ def test_groups_are_nearly_as_balanced_as_they_can_be(
     found = largest(costs, balance(costs, groups, equal_counts))
     optimum = best(costs, groups, equal_counts)
     assert optimum <= found <= bound * optimum
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e6), max_size=60), st.integers(1, 9), st.booleans())
+def test_groups_are_those_of_the_plain_reference(
+    costs: list[float], groups: int, equal_counts: bool
+) -> None:
+    assert balance(costs, groups, equal_counts) == REFERENCE["balance"](costs, groups, equal_counts)
 
 
 def test_most_small_cases_are_solved_exactly() -> None:
