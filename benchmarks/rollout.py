@@ -51,7 +51,9 @@ def main() -> int:
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--transfer-costs", action="store_true")
+    parser.add_argument(
+        "--transfer-costs", action="store_true", help="of migrating a sample; some three minutes"
+    )
     parser.add_argument(
         "--compare",
         choices=["fusion", "dispatch", "rebalance", "extra-prompts"],

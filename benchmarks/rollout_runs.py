@@ -64,7 +64,8 @@ class Rollouts:
     def tell(self, turn: int, **values: float) -> None:
         if dist.get_rank() == 0:
             shown = {key: round(value, 3) for key, value in values.items()}
-            print(f"turn {turn + 1} of {self.trainer.args.train_iters}: {shown}", file=sys.stderr)
+            which = f"turn {turn + 1} of {self.trainer.args.train_iters}"
+            print(f"{which if turn >= 0 else 'warm-up'}: {shown}", file=sys.stderr)
 
 
 def mismatched(one: dict[Any, Any], other: dict[Any, Any]) -> int:

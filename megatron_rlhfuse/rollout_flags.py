@@ -40,7 +40,7 @@ def add_migration(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="those designated, for --rlhfuse-migration-policy inference",
+        help="the engines that go on generating, for --rlhfuse-migration-policy inference",
     )
     add(
         "--rlhfuse-migration-transfer",
@@ -121,8 +121,7 @@ def add_rollout(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="FRACTION",
         help="answer so many prompts more than are trained, leave those with the longest responses "
-        "out, and train these together as soon as they are enough; a multiple of 1 / the number "
-        "of prompts, rounded up",
+        "out, and train these together as soon as they are enough; rounded up to whole prompts",
     )
     add("--rollout-max-new-tokens", type=int, default=512, metavar="N", help="longest response")
     add("--rollout-min-new-tokens", type=int, default=0, metavar="N", help="shortest response")

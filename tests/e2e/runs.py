@@ -62,12 +62,16 @@ def spans_of(run: Path, category: str) -> list[Event]:
 
 
 def during(run: Path, iteration: int) -> list[Event]:
-    """The spans of all ranks in an iteration, which begins and ends on each by its own clock."""
+    """The spans of all ranks that end in an iteration.
+
+    It begins on each rank at its own time: a sample that came from another may be older.
+    """
     found = tracks(run)
     spans: list[Event] = []
     for (rank, _), track in found.items():
         (whole,) = (e for e in found[rank, "main"] if e["name"] == f"iteration {iteration}")
-        spans += [e for e in track if whole["ts"] <= e["ts"] <= end_of(whole) and e is not whole]
+        first, last = whole["ts"], end_of(whole)
+        spans += [e for e in track if first < end_of(e) <= last and e is not whole]
     return spans
 
 

@@ -125,13 +125,10 @@ def test_the_longest_prompts_are_left_out_and_trained_together(run: Path) -> Non
     assert together > max(records[n - 1]["response_length_mean"] for n in SHORT)
 
 
-def test_only_a_round_without_left_out_prompts_migrates(fused: Path) -> None:
-    for record, deferred in zip(metrics(fused), DEFERRED, strict=True):
-        assert (
-            record.get("migrated_samples", 0) > 0
-            if deferred == 0
-            else ("migrated_samples" not in record)
-        )
+def test_only_a_round_without_left_out_prompts_may_migrate(fused: Path) -> None:
+    # Whether a sample does depends on time.
+    may_migrate = ["migrated_samples" in record for record in metrics(fused)]
+    assert may_migrate == [deferred == 0 for deferred in DEFERRED]
     for iteration in SHORT:
         assert not [e for e in during(fused, iteration) if e["cat"] == "migration"]
 
@@ -183,3 +180,13 @@ def test_an_engine_was_killed_while_it_generated(resumed: Path) -> None:
     begun = [e["ts"] for e in during(resumed, 2) if e["cat"] == "sample" and e["pid"] == 1]
     # A new engine takes seconds to start, then begins what the old one had not finished.
     assert max(begun) > min(e["ts"] for e in during(resumed, 2)) + 1e6
+
+
+def test_a_job_that_is_done_says_so(fused: Path, prompts: Path, tmp_path: Path) -> None:
+    job = start_paced(
+        tmp_path, prompt_data=prompts, **TAIL, **INTER, load=copy_checkpoint(fused, 4, tmp_path)
+    )
+    end(job)
+    assert "resumed after iteration 4" in job.output
+    assert f"nothing to do: --train-iters is {len(DEFERRED)}" in job.output
+    assert_equal_weights(tmp_path, fused)

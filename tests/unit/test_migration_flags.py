@@ -29,6 +29,12 @@ REFUSED: list[tuple[str, str, str]] = [
         "--rlhfuse-migration-policy inference and --rlhfuse-migration-instances",
         "give both, or neither",
     ),
+    (
+        "--rlhfuse-fusion inter --rlhfuse-migration-policy inference "
+        "--rlhfuse-migration-instances 0 0",
+        "--rlhfuse-migration-instances",
+        "every number once",
+    ),
     # numbers out of range
     (
         "--rlhfuse-fusion inter --rlhfuse-migration-batch 0",
