@@ -49,14 +49,8 @@ class Migrated:
     released: list[float]
 
 
-def generate(
-    case: RolloutCase,
-    lengths: Sequence[int],
-    dispatch: Dispatch,
-    expected: Sequence[float] | None = None,
-) -> Generation:
-    """Args: lengths: of the responses, by sample; expected: as in `dispatch_prompts`, None takes
-    the lengths themselves. Raises ValueError if there are too few."""
+def generate(case: RolloutCase, lengths: Sequence[int], dispatch: Dispatch) -> Generation:
+    """Args: lengths: of the responses, by sample. Raises ValueError if there are too few."""
     if len(lengths) != case.samples or min(lengths) < 1:
         raise ValueError(f"lengths: want {case.samples} of at least 1, got {len(lengths)}")
     steps = _steps(case)
@@ -68,7 +62,7 @@ def generate(
             case.max_num_seqs,
             steps,
         )
-        for samples in _dispatch(case, lengths, dispatch, expected)
+        for samples in _dispatch(case, lengths, dispatch)
     ]
     finished = [0.0] * case.samples
     for decoding in decodings:
@@ -145,20 +139,14 @@ def migrate(
     return Migrated(time, migration, leave, arrive, decodings, finished, released)
 
 
-def _dispatch(
-    case: RolloutCase,
-    lengths: Sequence[int],
-    dispatch: Dispatch,
-    expected: Sequence[float] | None,
-) -> list[list[int]]:
+def _dispatch(case: RolloutCase, lengths: Sequence[int], dispatch: Dispatch) -> list[list[int]]:
     """The samples of each instance, in the order in which they are admitted."""
     copies = case.samples_per_prompt
     of_prompt = [range(s, min(s + copies, case.samples)) for s in range(0, case.samples, copies)]
-    if expected is None:
-        expected = [float(sum(lengths[sample] for sample in samples)) for samples in of_prompt]
+    tokens = [float(sum(lengths[sample] for sample in samples)) for samples in of_prompt]
     return [
         [sample for prompt in prompts for sample in of_prompt[prompt]]
-        for prompts in dispatch_prompts(expected, case.instances, dispatch)
+        for prompts in dispatch_prompts(tokens, case.instances, dispatch)
     ]
 
 

@@ -61,7 +61,6 @@ def simulate_rollout(
     fused: bool = True,
     dispatch: Dispatch = "round-robin",
     *,
-    expected: Sequence[float] | None = None,
     distribution: LengthDistribution | None = None,
 ) -> RolloutTimeline:
     """One rollout.
@@ -70,11 +69,10 @@ def simulate_rollout(
         lengths: of the responses, by sample
         threshold: as in `MigrationOptions`; None and 0 migrate nothing
         fused: False starts inference on all instances once the last sample is finished
-        dispatch, expected: of prompts to instances, as in `dispatch_prompts`; None as if lengths
-            were known beforehand
+        dispatch: of prompts to instances; longest-first as if lengths were known beforehand
         distribution: what the planner knows of the lengths; None is the case's own
     """
-    generation = generate(case, lengths, dispatch, expected)
+    generation = generate(case, lengths, dispatch)
     if not fused:
         return build_timeline(case, generation, _score_at_end(case, generation), None)
     known = distribution or case.distribution()

@@ -74,7 +74,7 @@ class PromptBatch(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        return self.drawn[range(len(self))[index] // self.copies].prompt
+        return self.drawn[index // self.copies].prompt
 
 
 class PromptRounds:

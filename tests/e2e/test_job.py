@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.e2e.jobs import TOY, Job
+from tests.e2e.jobs import TOY, Job, copy_checkpoint
 from tests.e2e.runs import assert_equal_weights, metrics
 
 
@@ -127,10 +126,7 @@ def test_saved_actor_loads_in_vllm(four_iterations: Path) -> None:
 def test_resumed_run_equals_uninterrupted_one_though_an_engine_is_killed(
     four_iterations: Path, tmp_path: Path
 ) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    shutil.copytree(four_iterations / "checkpoints" / "iter_0000002", checkpoints / "iter_0000002")
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
-    shutil.copy(four_iterations / "metrics.jsonl", tmp_path)
+    checkpoints = copy_checkpoint(four_iterations, 2, tmp_path)
     job = Job(
         tmp_path,
         train_iters=4,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ from megatron_rlhfuse.pipeline.profile import unmeasured_problem
 from megatron_rlhfuse.schedule.baselines import one_f_one_b
 from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.plan import load_plan, make_plan, plan_to_json
-from tests.e2e.jobs import Job
+from tests.e2e.jobs import Job, copy_checkpoint
 from tests.e2e.runs import (
     Event,
     assert_equal_weights,
@@ -86,10 +85,7 @@ def planned_before(plan_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def resumed(fused: Path, plan_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Goes on from the checkpoint of `fused` after two iterations, with a plan from a file."""
     run = tmp_path_factory.mktemp("resumed")
-    checkpoints = run / "checkpoints"
-    shutil.copytree(fused / "checkpoints" / "iter_0000002", checkpoints / "iter_0000002")
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
-    shutil.copy(fused / "metrics.jsonl", run)
+    checkpoints = copy_checkpoint(fused, 2, run)
     return run_to_end(run, rlhfuse_fusion="intra", rlhfuse_plan=plan_file, load=checkpoints)
 
 
