@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, refuse: Refuse) -> int:
         check_megatron_training(),
         check_compiled("_planner", "schedule search"),
         check_compiled("_dispatch", "dispatch of samples"),
+        check_compiled("_packing", "packing of samples"),
+        check_packing_on_gpus(),
         *(check_optional(name) for name in versions.OPTIONAL),
         check_device(),
         check_shared_memory(SHARED_MEMORY),
@@ -103,6 +105,23 @@ def check_compiled(module: str, subject: str) -> Check:
     return Check(subject, f"compiled ({Path(str(compiled.__file__)).name})", "ok")
 
 
+def check_packing_on_gpus() -> Check:
+    """A part that is built where nvcc is; jobs need it on GPUs only."""
+    subject = "packing on GPUs"
+    try:
+        compiled = importlib.import_module("megatron_rlhfuse._packing_cuda")
+    except ModuleNotFoundError:
+        found = "not built: no nvcc, or it failed"
+    except ImportError as error:
+        found = f"does not load: {error}"
+    else:
+        return Check(subject, f"compiled for {', '.join(compiled.architectures())}", "ok")
+    if _drives_gpus():
+        build = "RLHFUSE_CUDA=1 python setup.py build_ext --inplace"
+        return Check(subject, found, "BAD", f"with nvcc on PATH, run {build}")
+    return Check(subject, found, "note", "a machine with GPUs needs it")
+
+
 def check_optional(name: str) -> Check:
     found = versions.installed(name)
     return Check(name, found[1] if found else "not installed (optional)", "ok")
@@ -141,6 +160,14 @@ def check_plugin() -> Check:
     if found:
         return Check(subject, found[0], "ok")
     return Check(subject, f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}", "BAD", f"{INSTALL}")
+
+
+def _drives_gpus() -> bool:
+    if not _exists("torch"):
+        return False
+    from megatron_rlhfuse import platform
+
+    return platform.has_cuda()
 
 
 def _exists(module: str) -> bool:

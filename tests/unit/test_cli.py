@@ -7,10 +7,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_rlhfuse import doctor, versions
+from megatron_rlhfuse import doctor, platform, versions
 from megatron_rlhfuse.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,7 @@ def test_doctor_finds_the_tested_set_in_order(
     assert lines["apex"] == ("ok", "not installed (optional)")
     assert lines["vLLM plugin"] == ("ok", "package.module:register")
     assert set(lines) > {"python", "device", "/dev/shm", *versions.TESTED, *versions.OPTIONAL}
+    assert lines["packing of samples"][0] == "ok"
 
 
 def test_doctor_accepts_the_cpu_build_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +146,22 @@ def test_doctor_knows_an_old_python_and_little_shared_memory(tmp_path: Path) -> 
     assert doctor.check_python((3, 12, 0)).verdict == "ok"
     assert doctor.check_python((3, 11, 9)).verdict == "BAD"
     assert doctor.check_shared_memory(tmp_path / "none").verdict == "note"
+
+
+@pytest.mark.parametrize(("gpus", "verdict"), [(False, "note"), (True, "BAD")])
+def test_doctor_wants_packing_on_gpus_where_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, gpus: bool, verdict: str
+) -> None:
+    module = "megatron_rlhfuse._packing_cuda"
+    monkeypatch.setattr(platform, "has_cuda", lambda: gpus)
+    monkeypatch.setitem(sys.modules, module, None)
+    check = doctor.check_packing_on_gpus()
+    assert (check.verdict, "not built" in check.found) == (verdict, True)
+    assert ("RLHFUSE_CUDA=1" in check.remedy) == gpus
+    compiled = SimpleNamespace(architectures=lambda: ["sm_80", "sm_90"])
+    monkeypatch.setitem(sys.modules, module, compiled)
+    check = doctor.check_packing_on_gpus()
+    assert (check.verdict, check.found) == ("ok", "compiled for sm_80, sm_90")
 
 
 def test_doctor_says_what_the_device_is() -> None:

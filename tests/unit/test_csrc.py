@@ -1,4 +1,4 @@
-"""The C++ of both modules under the address and undefined-behaviour sanitizers."""
+"""The C++ of all modules under the address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("part", ["planner", "dispatch"])
+@pytest.mark.parametrize("part", ["planner", "dispatch", "packing"])
 def test_the_c_plus_plus_under_sanitizers(part: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
