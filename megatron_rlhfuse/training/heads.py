@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rlhfuse.models.logits import entropy, token_log_probs
+from megatron_rlhfuse.models.logits import token_statistics
 from megatron_rlhfuse.training.batches import TokenBatch
 
 
@@ -26,15 +26,24 @@ class PolicyHead:
 
     def log_probs(self, logits: Tensor, batch: TokenBatch) -> Tensor:
         """Log-probabilities of the response tokens, [batch, response]."""
-        per_position = token_log_probs(
-            logits, batch.next_tokens(), self.vocab_size, self.temperature, self.tp_group
-        )
-        return batch.gather_response(per_position)
+        return self._read(logits, batch, with_entropy=False)[0]
 
-    def entropy(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        """Entropy of the distribution each response token was drawn from, in nats."""
-        per_position = entropy(logits, self.vocab_size, self.temperature, self.tp_group)
-        return batch.gather_response(per_position)
+    def log_probs_and_entropy(self, logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy of the distribution each of them was drawn from, in nats."""
+        log_probs, entropy = self._read(logits, batch, with_entropy=True)
+        return log_probs, entropy
+
+    def _read(self, logits: Tensor, batch: TokenBatch, with_entropy: bool) -> list[Tensor]:
+        """A backward overwrites the logits: see `token_statistics`."""
+        per_position = token_statistics(
+            logits,
+            batch.next_tokens(),
+            self.vocab_size,
+            self.temperature,
+            self.tp_group,
+            with_entropy=with_entropy,
+        )
+        return [batch.gather_response(each) for each in per_position if each is not None]
 
 
 def response_values(output: Tensor, batch: TokenBatch) -> Tensor:
@@ -47,4 +56,4 @@ def sequence_scores(output: Tensor, batch: TokenBatch) -> Tensor:
 
     As Hugging Face's sequence classification reads it.
     """
-    return output.squeeze(-1).float().gather(1, batch.last_positions().unsqueeze(1)).squeeze(1)
+    return batch.gather_last(output.squeeze(-1).float())

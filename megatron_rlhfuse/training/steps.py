@@ -1,6 +1,6 @@
 """Megatron `forward_step_func`s: what each model does with a micro-batch.
 
-Losses are sums over the mini-batch by construction (`Experience.weights`), but the stock schedule
+Losses are sums over the mini-batch by construction (`MicroBatch.weights`), but the stock schedule
 divides a loss by the number of micro-batches, and DDP averages gradients over data-parallel
 replicas; `LossScale` undoes both, so that the gradient is that of the mini-batch in one piece.
 """
@@ -25,8 +25,8 @@ from megatron_rlhfuse.rlhf.losses import (
     value_loss,
 )
 from megatron_rlhfuse.training.batches import TokenBatch
-from megatron_rlhfuse.training.experience import Experience
 from megatron_rlhfuse.training.heads import PolicyHead, response_values
+from megatron_rlhfuse.training.training_data import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class LossScale:
 
 
 def forward(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-    """Runs this stage on a padded batch; no attention mask, see batches.py."""
-    return model(batch.tokens, batch.position_ids(), None)
+    """Runs this stage on a batch; no attention mask, see batches.py."""
+    packed = batch.packed_seq_params()
+    return model(batch.tokens, batch.positions, None, packed_seq_params=packed)
 
 
 def policy_metrics(options: PolicyLossOptions) -> list[str]:
@@ -64,13 +65,13 @@ def value_metrics(clip: float | None) -> list[str]:
 
 
 def policy_step(head: PolicyHead, options: PolicyLossOptions, scale: LossScale) -> ForwardStep:
-    """The actor's training step; micro-batches are `Experience` rows."""
+    """The actor's training step; micro-batches are `MicroBatch`es."""
 
-    def loss_of(rows: Experience, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert rows.weights is not None
-        entropy = _entropy(head, options, logits, rows.batch)
+    def loss_of(rows: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # The loss takes a gradient of the entropy where it has that term; else it is a metric.
+        log_probs, entropy = head.log_probs_and_entropy(logits, rows.batch)
         batch = PolicyBatch(
-            log_probs=head.log_probs(logits, rows.batch),
+            log_probs=log_probs,
             old_log_probs=rows.old_log_probs,
             advantages=rows.advantages,
             mask=rows.mask,
@@ -85,11 +86,10 @@ def policy_step(head: PolicyHead, options: PolicyLossOptions, scale: LossScale) 
 
 
 def value_step(clip: float | None, scale: LossScale) -> ForwardStep:
-    """The critic's training step; micro-batches are `Experience` rows."""
+    """The critic's training step; micro-batches are `MicroBatch`es."""
 
-    def loss_of(rows: Experience, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert rows.weights is not None and rows.old_values is not None
-        assert rows.returns is not None
+    def loss_of(rows: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert rows.old_values is not None and rows.returns is not None
         batch = ValueBatch(
             values=response_values(output, rows.batch),
             old_values=rows.old_values,
@@ -117,21 +117,11 @@ def scoring_step(read: Callable[[Tensor, TokenBatch], Tensor]) -> ForwardStep:
 
 
 def _training_step(
-    loss_of: Callable[[Experience, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    loss_of: Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]],
 ) -> ForwardStep:
     def step(rows: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        micro_batch = next(rows).to(platform.device())
+        micro_batch = next(rows)
         output = forward(model, micro_batch.batch)
         return output, lambda output: loss_of(micro_batch, output)
 
     return step
-
-
-def _entropy(
-    head: PolicyHead, options: PolicyLossOptions, logits: Tensor, batch: TokenBatch
-) -> Tensor:
-    """With a gradient only where the loss has an entropy term: it costs a copy of the logits."""
-    if options.entropy_coefficient:
-        return head.entropy(logits, batch)
-    with torch.no_grad():
-        return head.entropy(logits, batch)

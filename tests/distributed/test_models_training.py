@@ -1,4 +1,4 @@
-"""Gradients through Megatron's schedule, DDP and process groups; log-probabilities and entropy.
+"""Gradients through Megatron's schedule, DDP and process groups.
 
 The reference for gradients is autograd through the transformers model: Megatron's `main_grad` of
 all ranks, sent through the weight export, must be its gradients by name. That covers what a wrong
@@ -19,7 +19,6 @@ from megatron_rlhfuse.pipeline.groups import Layout
 from tests.distributed.model_helpers import (
     VOCABULARY,
     Built,
-    gather_columns,
     make_hf_model,
     megatron_args,
     seed_megatron,
@@ -47,11 +46,6 @@ def check_training(folder: str) -> dict[str, Any]:
             f"{kind} {head} {layout}": _gradients(Path(folder), kind, head, LAYOUTS[layout])
             for kind, head in KINDS
             for layout in LAYOUTS
-        },
-        "logits": {
-            f"{vocabulary} columns, {dtype}": _token_scores(vocabulary, getattr(torch, dtype))
-            for vocabulary in (13, 16, 5)  # padded, whole, and one rank with padding only
-            for dtype in ("float32", "bfloat16")
         },
         "head": _sequence_parallel_head(),
         "pipelines": _pipelines(LAYOUTS["reversed"]),
@@ -98,10 +92,12 @@ def _gradients(root: Path, kind: str, head: Any, layout: Layout) -> float:
 
 
 def _policy_loss(logits: Tensor, tokens: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    from megatron_rlhfuse.models.logits import entropy, token_log_probs
+    from megatron_rlhfuse.models.logits import token_statistics
 
-    score = token_log_probs(logits[:, :-1], tokens[:, 1:], VOCABULARY, TEMPERATURE, tp_group)
-    return (-score - entropy(logits[:, :-1], VOCABULARY, TEMPERATURE, tp_group)).mean()
+    score, entropy = token_statistics(
+        logits[:, :-1], tokens[:, 1:], VOCABULARY, TEMPERATURE, tp_group, with_entropy=True
+    )
+    return (-score - entropy).mean()
 
 
 def _value_loss(values: Tensor) -> Tensor:
@@ -123,43 +119,6 @@ def _reference_gradients(folder: Path, kind: str, head: Any, tokens: Tensor) -> 
         torch.save(gradients, folder / "gradients.pt")
     dist.barrier()
     return torch.load(folder / "gradients.pt")
-
-
-def _token_scores(vocabulary: int, dtype: torch.dtype) -> dict[str, float]:
-    """Errors of values and gradients against whole logits; four tensor-parallel ranks."""
-    from megatron_rlhfuse.models.logits import entropy, token_log_probs
-
-    generator = torch.Generator().manual_seed(vocabulary)
-    columns = -(-vocabulary // 4)
-    # Padding that would dominate the softmax if it took part.
-    logits = torch.randn(2, 6, 4 * columns, generator=generator).mul(3).to(dtype)
-    logits[..., vocabulary:] = 30.0
-    targets = torch.randint(0, vocabulary, (2, 6), generator=generator)
-    upstream = torch.randn(2, 2, 6, generator=generator)
-
-    whole = logits.float().requires_grad_()
-    log_p = torch.log_softmax(whole[..., :vocabulary] / TEMPERATURE, dim=-1)
-    scores = log_p.gather(-1, targets[..., None]).squeeze(-1)
-    entropies = -(log_p.exp() * log_p).sum(-1)
-
-    group = dist.group.WORLD
-    assert group is not None
-    shard = logits.chunk(4, dim=-1)[dist.get_rank()].clone().requires_grad_()
-    untouched = shard.detach().clone()
-    found_scores = token_log_probs(shard, targets, vocabulary, TEMPERATURE, group)
-    found_entropies = entropy(shard, vocabulary, TEMPERATURE, group)
-    errors = {
-        "score": (found_scores - scores).abs().max().item(),
-        "entropy": (found_entropies - entropies).abs().max().item(),
-        "changed": (shard.detach() - untouched).abs().max().item(),
-    }
-    pairs = ((found_scores, scores, upstream[0]), (found_entropies, entropies, upstream[1]))
-    for name, (found, wanted, weight) in zip(("score", "entropy"), pairs, strict=True):
-        (mine,) = torch.autograd.grad((found * weight).sum(), shard)
-        (theirs,) = torch.autograd.grad((wanted * weight).sum(), whole, retain_graph=True)
-        gathered = gather_columns(mine, group).float()
-        errors[f"{name} gradient"] = (gathered - theirs).abs().max().item()
-    return errors
 
 
 def _sequence_parallel_head() -> dict[str, float]:
@@ -223,27 +182,6 @@ def test_groups_of_a_reversed_pipeline_keep_its_order(results: Results) -> None:
         pipeline = [3, 2] if rank > 1 else [1, 0]
         # Megatron takes the first of `embd` for the owner of tied embeddings.
         assert result["pipelines"] == {"pp": pipeline, "embd": pipeline}
-
-
-@pytest.mark.parametrize("vocabulary", [13, 16, 5])
-def test_token_scores_of_split_logits_equal_those_of_whole_ones(
-    results: Results, vocabulary: int
-) -> None:
-    for result in results:
-        errors = result["logits"][f"{vocabulary} columns, float32"]
-        assert errors.pop("changed") == 0.0
-        assert max(errors.values()) < 1e-5, errors
-
-
-@pytest.mark.parametrize("vocabulary", [13, 16, 5])
-def test_token_scores_of_bfloat16_logits_are_computed_in_float32(
-    results: Results, vocabulary: int
-) -> None:
-    for result in results:
-        errors = result["logits"][f"{vocabulary} columns, bfloat16"]
-        assert errors.pop("changed") == 0.0
-        assert max(errors["score"], errors["entropy"]) < 1e-5, errors
-        assert max(errors.values()) < 2e-2, errors  # gradients are rounded to the logits' dtype
 
 
 def test_scalar_head_works_on_parts_of_a_sequence(results: Results) -> None:
