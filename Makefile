@@ -12,7 +12,7 @@ TOY := build/toy
 TESTS := $(wildcard tests/unit tests/distributed tests/e2e tests/gpu)
 CSRC := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help install test lint format toy demo bench benchplan benchfused benchrollout picture clean
+.PHONY: help install test lint format toy demo bench benchplan benchfused benchrollout benchdispatch picture clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,6 +56,9 @@ benchfused: install ## fused plans against what they took, as one JSON line (ARG
 
 benchrollout: install toy ## generation and inference, serial and fused, as one JSON line (ARGS="--pace 0")
 	$(PY) benchmarks/rollout.py $(ARGS)
+
+benchdispatch: install ## samples dealt out and laid out, as one JSON line (ARGS="--steps 0")
+	$(PY) benchmarks/dispatch.py $(ARGS)
 
 picture: install toy ## the README's pictures: a fused plan, a run's timeline
 	$(VENV)/bin/rlhfuse plan examples/problems/published-05.json --iterations 5000 \

@@ -1,4 +1,4 @@
-"""How fast samples are dealt out, how evenly, and how much padding that saves.
+"""How fast samples are dealt out and laid out, how evenly, and how much padding that saves.
 
     python benchmarks/dispatch.py [--samples N] [--groups N] [--steps N]
 
@@ -8,8 +8,10 @@ The last line of standard output is JSON:
   padded_fraction, padded_fraction_in_order, computed_ratio
                            of batches with the toy model's lengths in micro-batches of four; the
                            tokens computed in order over those computed when dealt out
-  step_speedup             forward and backward of a small random model over such micro-batches, in
-                           order over dealt out; by turns, medians
+  step_...                 of dispatch_steps.py
+  pack_..., unpack_..., copy_...
+                           of dispatch_packing.py
+  logprob_...              of dispatch_logprob.py
 """
 
 from __future__ import annotations
@@ -23,15 +25,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from dispatch_logprob import logprob
+from dispatch_packing import packing
 from dispatch_reference import balance as plain_balance
+from dispatch_steps import COST, ROWS, draw_lengths, steps
 
 from megatron_rlhfuse.dispatch.balance import balance
-from megatron_rlhfuse.dispatch.cost import SequenceCost
-from megatron_rlhfuse.dispatch.micro_batches import Limit, Runs, deal, deal_in_order, measure
-
-ROWS = 4
-BATCH = 64
-COST = SequenceCost(1.0, 1 / 8192)
+from megatron_rlhfuse.dispatch.layout import Runs
+from megatron_rlhfuse.dispatch.micro_batches import Limit, deal, deal_in_order, measure
 
 
 def main() -> int:
@@ -43,15 +44,15 @@ def main() -> int:
     parser.add_argument("--groups", type=int, default=512, help="that they are partitioned into")
     parser.add_argument("--steps", type=int, default=5, help="training steps of each side; 0: none")
     options = parser.parse_args()
-    result = partition(options.samples, options.groups) | padding()
+    result = partition(options.samples, options.groups) | padding() | packing() | logprob()
     if options.steps:
-        result |= train(options.steps)
+        result |= steps(options.steps)
     print(json.dumps(result))
     return 0
 
 
 def partition(samples: int, groups: int) -> dict[str, Any]:
-    costs = [COST(tokens) for tokens in _lengths(samples, 6.0, 1.0, 8192)]
+    costs = [COST(tokens) for tokens in _lengths(samples)]
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
@@ -70,7 +71,7 @@ def partition(samples: int, groups: int) -> dict[str, Any]:
 def padding() -> dict[str, Any]:
     sides = [[], []]  # type: list[list[Any]]
     for seed in range(50):
-        lengths = _lengths(BATCH, 3.0, 1.0, 160, seed)
+        lengths = draw_lengths(seed)
         for side, dealt in zip(sides, _both(lengths), strict=True):
             side.append(measure(lengths, dealt, COST))
     computed, in_order = (sum(each.computed for each in side) for side in sides)
@@ -79,43 +80,6 @@ def padding() -> dict[str, Any]:
         "padded_fraction": round(1 - tokens / computed, 4),
         "padded_fraction_in_order": round(1 - tokens / in_order, 4),
         "computed_ratio": round(in_order / computed, 4),
-    }
-
-
-def train(steps: int) -> dict[str, Any]:
-    """Steps of a Llama without an optimizer: what differs is forward and backward."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-        )
-    )
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for step in range(-1, steps):
-        lengths = _lengths(BATCH, 3.0, 1.0, 160, step + 1)
-        sides = list(zip(_both(lengths), seconds, strict=True))
-        for dealt, taken in sides if step % 2 else reversed(sides):
-            began = time.perf_counter()
-            for run in (run for runs in dealt for run in runs):
-                tokens = torch.zeros(len(run), max(lengths[each] for each in run), dtype=torch.long)
-                model(tokens).logits.mean().backward()
-            model.zero_grad()
-            if step >= 0:
-                taken.append(time.perf_counter() - began)
-        print(f"step {step + 1} of {steps}", file=sys.stderr)
-    dealt_s, in_order_s = map(statistics.median, seconds)
-    return {
-        "step_s": round(dealt_s, 3),
-        "step_in_order_s": round(in_order_s, 3),
-        "step_speedup": round(in_order_s / dealt_s, 3),
     }
 
 
@@ -129,9 +93,9 @@ def _seconds(function: Any, costs: Sequence[float], groups: int) -> float:
     return time.perf_counter() - began
 
 
-def _lengths(count: int, mu: float, sigma: float, longest: int, seed: int = 0) -> list[int]:
-    drawn = np.random.default_rng(seed).lognormal(mu, sigma, count)
-    return [int(each) for each in np.clip(np.rint(drawn), 1, longest)]
+def _lengths(count: int) -> list[int]:
+    drawn = np.random.default_rng(0).lognormal(6.0, 1.0, count)
+    return [int(each) for each in np.clip(np.rint(drawn), 1, 8192)]
 
 
 if __name__ == "__main__":

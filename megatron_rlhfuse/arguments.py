@@ -146,6 +146,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "like length, with equal work for all replicas, or in the order of the mini-batch",
     )
     add(
+        "--micro-batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of one forward pass at most, padding included, in the place of "
+        "--micro-batch-size: the number of micro-batches then follows the lengths of samples",
+    )
+    add(
+        "--rlhfuse-pack-sequences",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="lay the samples of a micro-batch one behind the other, without padding, instead of "
+        "a row each",
+    )
+    add(
         "--rlhfuse-trace",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -225,6 +239,7 @@ def _add_critic(parser: argparse.ArgumentParser) -> None:
     add("--critic-tensor-model-parallel-size", type=int, metavar="N", help="tensor parallelism")
     add("--critic-pipeline-model-parallel-size", type=int, metavar="N", help="pipeline stages")
     add("--critic-micro-batch-size", type=int, metavar="N", help="samples of one forward pass")
+    add("--critic-micro-batch-tokens", type=int, metavar="N", help="tokens of one forward pass")
     add("--critic-lr", type=float, help="peak learning rate")
     add("--critic-min-lr", type=float, help="final learning rate")
     add("--critic-lr-warmup-iters", type=int, metavar="N", help="linear warm-up, in PPO iterations")

@@ -30,10 +30,6 @@ from megatron_rlhfuse.training.trained_model import (
     critic_arguments,
 )
 
-# What fills rows up. Causal attention keeps it from having any effect, so any token will do that
-# every model has; a tokenizer's own may lie outside the model's vocabulary.
-PAD_TOKEN = 0
-
 
 def start_megatron() -> None:
     """Starts torch.distributed and Megatron's own state, in the actor's layout."""
@@ -108,8 +104,8 @@ class Inference:
             self._groups,
             head,
             _text_score(args, tokenizer),
-            pad_token=PAD_TOKEN,
             micro_batch_size=args.rlhfuse_inference_micro_batch_size,
+            pack_sequences=args.rlhfuse_pack_sequences,
             tracer=tracer,
         )
 
@@ -136,7 +132,7 @@ class Inference:
     def _build(self, shape: ModelShape, head: Head) -> PipelinedModel:
         layout = self._groups.layout
         args = apply_shape(copy.copy(self._args), shape, layout.tp, layout.pp, "rlhfuse-inference-")
-        model = build_model(args, self._groups, head)
+        model = build_model(args, self._groups, head, args.rlhfuse_pack_sequences)
         model.requires_grad_(False)
         return PipelinedModel(model, self._groups)
 

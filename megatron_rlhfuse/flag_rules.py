@@ -24,6 +24,7 @@ def check_flags(args: argparse.Namespace) -> None:
         _check_required,
         _check_ranges,
         _check_sampling,
+        _check_micro_batches,
         _check_fusion,
         _check_migration,
         _check_estimator,
@@ -40,12 +41,16 @@ def _check_required(args: argparse.Namespace) -> None:
         ("prompt_data", "name one or more JSON-lines files of prompts"),
         ("rollout_batch_size", "give the number of samples of an iteration"),
         ("global_batch_size", "give the number of samples of one optimizer step"),
-        ("micro_batch_size", "give the number of samples of one forward pass"),
         ("train_iters", "give the number of PPO iterations"),
         ("lr", "give the actor's learning rate"),
     ):
         if getattr(args, name) is None:
             raise FlagError(f"{flag(name)} is missing: {remedy}")
+    if args.micro_batch_size is None and args.micro_batch_tokens is None:
+        raise FlagError(
+            "--micro-batch-size or --micro-batch-tokens is missing: give the number of samples, or "
+            "of tokens, of one forward pass"
+        )
     if not (args.reward_model or args.reward_function):
         raise FlagError("--reward-model or --reward-function is missing: give one, or both")
     if args.reward_function and not _FUNCTION_PATH.fullmatch(args.reward_function):
@@ -56,7 +61,8 @@ def _check_required(args: argparse.Namespace) -> None:
 
 def _check_ranges(args: argparse.Namespace) -> None:
     for name in (
-        "rollout_batch_size", "global_batch_size", "micro_batch_size", "train_iters", "seed",
+        "rollout_batch_size", "global_batch_size", "micro_batch_size", "micro_batch_tokens",
+        "train_iters", "seed", "critic_micro_batch_tokens",
         "tensor_model_parallel_size", "pipeline_model_parallel_size",
         "rollout_samples_per_prompt", "rollout_instances",
         "rollout_tensor_parallel_size", "rollout_max_prompt_tokens", "rollout_max_new_tokens",
@@ -122,6 +128,32 @@ def _check_sampling(args: argparse.Namespace) -> None:
             f"--rollout-batch-size {args.rollout_batch_size} is no multiple of "
             f"--rollout-samples-per-prompt {args.rollout_samples_per_prompt}: every prompt gets "
             "equally many samples"
+        )
+
+
+def _check_micro_batches(args: argparse.Namespace) -> None:
+    if args.micro_batch_tokens is None:
+        if args.critic_micro_batch_tokens is not None:
+            raise FlagError(
+                "--critic-micro-batch-tokens needs --micro-batch-tokens: both models count samples "
+                "or both count tokens"
+            )
+        return
+    for given in ("micro_batch_size", "critic_micro_batch_size"):
+        if getattr(args, given) is not None:
+            raise FlagError(
+                f"{flag(given)} and --micro-batch-tokens: give one, a micro-batch has so many "
+                "samples or so many tokens"
+            )
+    if args.rlhfuse_dispatch == "in-order":
+        raise FlagError(
+            "--rlhfuse-dispatch in-order needs --micro-batch-size: with --micro-batch-tokens all "
+            "replicas get equally many micro-batches only where samples are chosen for it"
+        )
+    if args.rlhfuse_plan is not None:
+        raise FlagError(
+            "--rlhfuse-plan needs --micro-batch-size: with --micro-batch-tokens the number of "
+            "micro-batches follows the lengths of samples, and a plan is of one number"
         )
 
 

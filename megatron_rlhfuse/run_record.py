@@ -238,6 +238,7 @@ def _dispatch_values(steps: Sequence[Figures]) -> dict[str, Value]:
     return {
         "padded_fraction": 1 - sum(s.tokens for s in steps) / sum(s.computed for s in steps),
         "replica_imbalance": st.fmean(step.imbalance for step in steps),
+        "micro_batches": st.fmean(step.micro_batches for step in steps),
     }
 
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron_rlhfuse import platform
 from megatron_rlhfuse.arguments import refuse
 from megatron_rlhfuse.assembly import (
-    PAD_TOKEN,
     Inference,
     build_trained_models,
     start_megatron,
@@ -195,9 +194,7 @@ class Trainer:
         """PPO's epochs over the rollout batch: the actor's and the critic's optimizer steps."""
         with self._stage("training"):
             coefficient = self.kl_controller.value
-            experience = build_experience(
-                scored, advantage_options(self.args), coefficient, PAD_TOKEN
-            )
+            experience = build_experience(scored, advantage_options(self.args), coefficient)
             updates = self.ppo.update(iteration, experience, coefficient)
             self.run.describe(scored, experience, updates, coefficient, self.ppo.optimizer_steps)
             if self.fused is not None:

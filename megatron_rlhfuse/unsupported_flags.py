@@ -44,6 +44,7 @@ _UNSUPPORTED: dict[str, str] = {
     "--decoupled-lr": "use --lr and --critic-lr",
     "--decoupled-min-lr": "use --min-lr and --critic-min-lr",
     "--freeze-all-layers": "actor and critic are trained whole",
+    "--apply-query-key-layer-scaling": "it serves fp16; train in --bf16",
     "--fp16": "train in --bf16, which needs no loss scale",
     "--fp8-format": "train in --bf16",
     "--fp4-format": "train in --bf16",

@@ -63,6 +63,7 @@ def _inherit(args: argparse.Namespace) -> None:
         ("critic_tensor_model_parallel_size", "tensor_model_parallel_size"),
         ("critic_pipeline_model_parallel_size", "pipeline_model_parallel_size"),
         ("critic_micro_batch_size", "micro_batch_size"),
+        ("critic_micro_batch_tokens", "micro_batch_tokens"),
         ("critic_lr", "lr"),
         ("critic_min_lr", "min_lr"),
         ("critic_lr_warmup_iters", "lr_warmup_iters"),
@@ -195,8 +196,15 @@ def _check_batches(args: argparse.Namespace) -> None:
     for prefix in ("", "critic_") if args.uses_critic else ("",):
         tensor = getattr(args, f"{prefix}tensor_model_parallel_size")
         pipeline = getattr(args, f"{prefix}pipeline_model_parallel_size")
-        micro = getattr(args, f"{prefix}micro_batch_size")
         replicas = args.world_size // (tensor * pipeline)
+        if args.micro_batch_tokens is not None:
+            if args.global_batch_size % replicas:
+                raise FlagError(
+                    f"--global-batch-size {args.global_batch_size} is no multiple of {replicas} "
+                    f"{prefix and 'critic '}data-parallel replicas: change one of them"
+                )
+            continue
+        micro = getattr(args, f"{prefix}micro_batch_size")
         if args.global_batch_size % (micro * replicas):
             raise FlagError(
                 f"--global-batch-size {args.global_batch_size} is no multiple of "
@@ -301,6 +309,15 @@ def _complete_lengths(args: argparse.Namespace) -> None:
             f"--rollout-max-new-tokens = {longest}: leave it out"
         )
     args.seq_length = longest
+    for name in ("micro_batch_tokens", "critic_micro_batch_tokens"):
+        tokens = getattr(args, name)
+        if tokens is not None and tokens < longest:
+            raise FlagError(
+                f"{flag(name)} {tokens} is below --rollout-max-prompt-tokens + "
+                f"--rollout-max-new-tokens = {longest}: a micro-batch holds at least one sample"
+            )
+    if args.micro_batch_tokens is not None:
+        args.micro_batch_size = args.critic_micro_batch_size = 1  # Megatron's checks want one
 
 
 def _apply_shapes(args: argparse.Namespace) -> argparse.Namespace:

@@ -1,13 +1,9 @@
 """Samples cut into micro-batches, and these dealt out to data-parallel replicas. PURE.
 
-A micro-batch is padded to its longest sample, so samples of like length share one: sorted by
-length and cut into runs. That is optimal for padding: with any other cut, exchanging two samples
-towards the sorted order does not lengthen either run.
-
 Invariants
 - every sample is in exactly one micro-batch of exactly one replica;
 - all replicas have equally many micro-batches: a pipeline's schedule is the same on all of them;
-- rows: every micro-batch has exactly so many samples; tokens: none has more when padded;
+- rows: every micro-batch has exactly so many samples; tokens: none has more, padding included;
 - the result depends on lengths and arguments alone, so every rank finds the same without a word.
 """
 
@@ -18,17 +14,14 @@ from dataclasses import dataclass
 
 from megatron_rlhfuse.dispatch.balance import balance
 from megatron_rlhfuse.dispatch.cost import SequenceCost
-
-_HALVINGS = 50
-"""Of the interval that holds the least cost: beyond a double's precision for any real batch."""
-
-Runs = list[list[int]]
-"""Samples by micro-batch."""
+from megatron_rlhfuse.dispatch.layout import PADDED, Layout, Runs
+from megatron_rlhfuse.dispatch.packed import share_rows, share_tokens
+from megatron_rlhfuse.dispatch.padded import cut_rows, cut_tokens
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How large a micro-batch may be: `rows` samples exactly, or `tokens` at most when padded."""
+    """How large a micro-batch may be: `rows` samples exactly, or `tokens` at most."""
 
     rows: int | None = None
     tokens: int | None = None
@@ -40,10 +33,19 @@ class Limit:
             raise ValueError(f"limit: want at least 1, got {self}")
 
 
-def deal(lengths: Sequence[int], replicas: int, limit: Limit, cost: SequenceCost) -> list[Runs]:
+def deal(
+    lengths: Sequence[int],
+    replicas: int,
+    limit: Limit,
+    cost: SequenceCost,
+    layout: Layout = PADDED,
+    beside_another: bool = False,
+) -> list[Runs]:
     """The micro-batches of each replica, in the order in which they are to run.
 
-    Args: lengths: tokens of each sample, at least 1
+    Args:
+        lengths: tokens of each sample, at least 1
+        beside_another: another model's pipeline may fill this one's gaps
 
     Raises:
         ValueError: the samples do not divide evenly over replicas and rows, or one is longer than
@@ -54,14 +56,23 @@ def deal(lengths: Sequence[int], replicas: int, limit: Limit, cost: SequenceCost
             f"{len(lengths)} samples do not divide into {replicas} replicas"
             + (f" with micro-batches of {limit.rows}" if limit.rows else "")
         )
-    runs = (
-        _cut_rows(lengths, limit.rows)
-        if limit.rows
-        else _cut_tokens(lengths, limit.tokens or 0, replicas, cost)
-    )
-    costs = [padded_cost(lengths, run, cost) for run in runs]
+    if limit.tokens is not None and lengths and max(lengths) > limit.tokens:
+        sample = lengths.index(max(lengths))
+        raise ValueError(
+            f"sample {sample} has {lengths[sample]} tokens, more than a micro-batch's "
+            f"{limit.tokens}"
+        )
+    if limit.rows is not None:
+        cut = share_rows if layout.packed else cut_rows
+        runs = cut(lengths, limit.rows, cost)
+    else:
+        assert limit.tokens is not None
+        form = share_tokens if layout.packed else cut_tokens
+        runs = form(lengths, limit.tokens, replicas, cost)
+    costs = [layout.cost(lengths, run, cost) for run in runs]
+    order = fused_order if beside_another else pipeline_order
     return [
-        [runs[i] for i in pipeline_order([costs[i] for i in group], group)]
+        [runs[i] for i in order([costs[i] for i in group], group)]
         for group in balance(costs, replicas, equal_counts=True)
     ]
 
@@ -82,31 +93,26 @@ class Figures:
     Attributes:
         tokens, computed: without and with padding
         imbalance: the dearest replica over the mean one
+        micro_batches: of a replica
     """
 
     tokens: int
     computed: int
     imbalance: float
+    micro_batches: int
 
 
-def measure(lengths: Sequence[int], dealt: Sequence[Runs], cost: SequenceCost) -> Figures:
+def measure(
+    lengths: Sequence[int], dealt: Sequence[Runs], cost: SequenceCost, layout: Layout = PADDED
+) -> Figures:
     """Of what `deal` returned."""
-    costs = [sum(padded_cost(lengths, run, cost) for run in runs) for runs in dealt]
+    costs = [sum(layout.cost(lengths, run, cost) for run in runs) for runs in dealt]
     return Figures(
         sum(lengths),
-        sum(padded_tokens(lengths, run) for runs in dealt for run in runs),
+        sum(layout.tokens(lengths, run) for runs in dealt for run in runs),
         max(costs) * len(costs) / sum(costs),
+        len(dealt[0]),
     )
-
-
-def padded_tokens(lengths: Sequence[int], run: Sequence[int]) -> int:
-    """Tokens that a micro-batch computes, padding included."""
-    return len(run) * max(lengths[sample] for sample in run)
-
-
-def padded_cost(lengths: Sequence[int], run: Sequence[int], cost: SequenceCost) -> float:
-    """Of a micro-batch, padding included."""
-    return len(run) * cost(max(lengths[sample] for sample in run))
 
 
 def pipeline_order(costs: Sequence[float], items: Sequence[int]) -> list[int]:
@@ -115,65 +121,19 @@ def pipeline_order(costs: Sequence[float], items: Sequence[int]) -> list[int]:
     A pipeline waits for the forward of its first micro-batch on all stages but one, and for the
     backward of its last; in between neighbours of like cost leave the smallest gaps.
     """
-    ascending = sorted(range(len(items)), key=lambda i: (costs[i], items[i]))
+    ascending = _ascending(costs, items)
     return [items[i] for i in (*ascending[::2], *ascending[1::2][::-1])]
 
 
-def _falling(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
+def fused_order(costs: Sequence[float], items: Sequence[int]) -> list[int]:
+    """The items from the cheapest to the dearest.
+
+    The other model's micro-batches are at work while a pipeline fills and drains, so what counts is
+    the middle, where a plan made for equal micro-batches loses least if costs never fall
+    (benchmarks/dispatch_pipeline.py compares).
+    """
+    return [items[i] for i in _ascending(costs, items)]
 
 
-def _cut_rows(lengths: Sequence[int], rows: int) -> Runs:
-    order = _falling(lengths)
-    return [order[start : start + rows] for start in range(0, len(order), rows)]
-
-
-def _cut_tokens(lengths: Sequence[int], tokens: int, replicas: int, cost: SequenceCost) -> Runs:
-    """The fewest runs, a multiple of `replicas`, of which the dearest is as cheap as possible."""
-    order = _falling(lengths)
-    if order and lengths[order[0]] > tokens:
-        raise ValueError(
-            f"sample {order[0]} has {lengths[order[0]]} tokens, more than a micro-batch's {tokens}"
-        )
-    best = _greedy(lengths, order, tokens, float("inf"), cost)
-    count = -(-len(best) // replicas) * replicas
-    low = max((cost(length) for length in lengths), default=0.0)
-    high = max((padded_cost(lengths, run, cost) for run in best), default=0.0)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        runs = _greedy(lengths, order, tokens, middle, cost)
-        if len(runs) <= count:
-            best, high = runs, middle
-        else:
-            low = middle
-    return _split(lengths, best, count, cost)
-
-
-def _greedy(
-    lengths: Sequence[int], order: Sequence[int], tokens: int, most: float, cost: SequenceCost
-) -> Runs:
-    """The longest runs, from the longest sample on, that keep to a padded size and a cost."""
-    runs: Runs = []
-    start = 0
-    while start < len(order):
-        longest = lengths[order[start]]
-        rows = tokens // longest
-        if most < float("inf"):
-            # At least one: `most` is no less than the dearest sample. The sum is for rounding.
-            rows = min(rows, max(1, int(most / cost(longest) + 1e-9)))
-        runs.append(list(order[start : start + rows]))
-        start += rows
-    return runs
-
-
-def _split(lengths: Sequence[int], runs: Runs, count: int, cost: SequenceCost) -> Runs:
-    """Halves the dearest runs of several samples until there are `count`."""
-    runs = list(runs)
-    while len(runs) < count:
-        dearest = max(
-            (i for i, run in enumerate(runs) if len(run) > 1),
-            key=lambda i: (padded_cost(lengths, runs[i], cost), -i),
-        )
-        run = runs[dearest]
-        runs[dearest : dearest + 1] = [run[: len(run) // 2], run[len(run) // 2 :]]
-    return runs
+def _ascending(costs: Sequence[float], items: Sequence[int]) -> list[int]:
+    return sorted(range(len(items)), key=lambda i: (costs[i], items[i]))

@@ -27,7 +27,7 @@ from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.pipeline.groups import ModelGroups
 from megatron_rlhfuse.pipeline.model import PipelinedModel
 from megatron_rlhfuse.rollout.samples import Sample
-from megatron_rlhfuse.training.batches import TokenBatch
+from megatron_rlhfuse.training.batches import RaggedTokens, TokenBatch
 from megatron_rlhfuse.training.heads import PolicyHead, response_values, sequence_scores
 from megatron_rlhfuse.training.steps import scoring_step
 
@@ -80,8 +80,8 @@ class InferenceInstance:
         groups: ModelGroups,
         head: PolicyHead,
         score_text: Callable[[Sample, Prompt], float] | None,
-        pad_token: int,
         micro_batch_size: int,
+        pack_sequences: bool,
         tracer: Tracer,
     ) -> None:
         """`head` reads the actor's and the reference's logits; `score_text` is the reward
@@ -90,8 +90,8 @@ class InferenceInstance:
         self._groups = groups
         self._head = head
         self._score_text = score_text
-        self._pad_token = pad_token
         self._micro_batch_size = micro_batch_size
+        self._pack_sequences = pack_sequences
         self._tracer = tracer
         block = torch.distributed.get_process_group_ranks(groups.pgc.mp)
         self.ranks = block
@@ -138,7 +138,9 @@ class InferenceInstance:
             for start in range(0, len(samples), self._micro_batch_size)
         ]
         batches = [
-            TokenBatch.pad([s.prompt for s in part], [s.response for s in part], self._pad_token)
+            RaggedTokens.of([s.prompt for s in part], [s.response for s in part]).batch(
+                packed=self._pack_sequences
+            )
             for part in parts
         ]
         models = self._models

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def build_model(args: Namespace, groups: ModelGroups, head: Head) -> GPTModel:
+def build_model(
+    args: Namespace, groups: ModelGroups, head: Head, packs_sequences: bool = False
+) -> GPTModel:
     """Builds this rank's stage of a model, in the parameter dtype of `args`, on this device.
 
     Collective over the ranks of the layout. The model is not wrapped: `model.config` is its own
@@ -31,6 +33,7 @@ def build_model(args: Namespace, groups: ModelGroups, head: Head) -> GPTModel:
     Args:
         args: Megatron arguments of this model, from `hf_config.apply_shape`
         head: "language" for logits [batch, sequence, vocabulary / tp], "scalar" for [.., 1]
+        packs_sequences: batches may be packed
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import (
@@ -42,7 +45,7 @@ def build_model(args: Namespace, groups: ModelGroups, head: Head) -> GPTModel:
     tied = head == "language" and not args.untie_embeddings_and_output_weights
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(args),
+        transformer_layer_spec=_layer_spec(args, packs_sequences),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=groups.is_first_stage,
@@ -127,7 +130,7 @@ def _transformer_config(args: Namespace) -> TransformerConfig:
     return config
 
 
-def _layer_spec(args: Namespace) -> ModuleSpec:
+def _layer_spec(args: Namespace, packs_sequences: bool) -> ModuleSpec:
     from megatron.core.models.gpt import gpt_layer_specs
 
     if args.transformer_impl == "transformer_engine":
@@ -135,9 +138,14 @@ def _layer_spec(args: Namespace) -> ModuleSpec:
             qk_layernorm=args.qk_layernorm
         )
     if args.transformer_impl == "local":
-        return gpt_layer_specs.get_gpt_layer_local_spec(
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(
             qk_layernorm=args.qk_layernorm, normalization=args.normalization
         )
+        if packs_sequences:
+            from megatron_rlhfuse.models.packed_attention import PackedAttention
+
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        return spec
     raise ValueError(
         f"--transformer-impl {args.transformer_impl}: use transformer_engine, or local"
     )

@@ -102,6 +102,9 @@ METRICS: dict[str, Metric] = {
     "replica_imbalance": Metric(
         "dispatch", "", "the dearest data-parallel replica of a step over the mean one"
     ),
+    "micro_batches": Metric(
+        "dispatch", "", "micro-batches of a replica in a step, mean over steps of both models"
+    ),
     "fusion_plan": Metric(
         "fusion", "", "where the fused steps' plan came from: 1f1b, greedy, search, cache, file"
     ),

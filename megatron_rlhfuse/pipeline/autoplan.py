@@ -31,6 +31,7 @@ from megatron_rlhfuse.pipeline.background_search import BackgroundSearch
 from megatron_rlhfuse.pipeline.devices import DeviceMap
 from megatron_rlhfuse.pipeline.errors import PlanMismatchError
 from megatron_rlhfuse.pipeline.plan_cache import PlanCache
+from megatron_rlhfuse.pipeline.plan_choice import greedy_plan, or_1f1b
 from megatron_rlhfuse.pipeline.plan_file import check_plan, from_rank_0, read_plan
 from megatron_rlhfuse.pipeline.profile import (
     Costs,
@@ -41,7 +42,7 @@ from megatron_rlhfuse.pipeline.profile import (
     unmeasured_problem,
 )
 from megatron_rlhfuse.schedule.baselines import one_f_one_b
-from megatron_rlhfuse.schedule.errors import InfeasibleError, ScheduleError
+from megatron_rlhfuse.schedule.errors import ScheduleError
 from megatron_rlhfuse.schedule.evaluate import Timeline, evaluate
 from megatron_rlhfuse.schedule.lowering import forward_only, lower
 from megatron_rlhfuse.schedule.order import Order, parse_order
@@ -49,10 +50,6 @@ from megatron_rlhfuse.schedule.plan import make_plan, parse_plan, plan_to_json
 from megatron_rlhfuse.schedule.problem import Problem
 from megatron_rlhfuse.schedule.program import Program
 from megatron_rlhfuse.schedule.replay import prove
-from megatron_rlhfuse.schedule.search import greedy
-
-WIN = 1e-3
-"""Relative: a plan must be shorter than back-to-back 1F1B by this much to be worth its memory."""
 
 MEMORY_SHARE = 0.9
 """Of a GPU's free memory, for activations: the rest is for what kernels need for the moment."""
@@ -94,9 +91,13 @@ class AutoPlan:
         options: PlanOptions,
         key: Mapping[str, Any],
         measure_transfer: Callable[[], float],
+        costs: Costs | None = None,
+        may_search: Callable[[], bool] = lambda: True,
     ) -> None:
         """`key`: what else the times depend on, for the cache; rank 0's is taken.
-        `measure_transfer`: seconds of a hop, COLLECTIVE."""
+        `measure_transfer`: seconds of a hop, COLLECTIVE. `costs`: what these stages cost with
+        other numbers of micro-batches, in the place of the first step. `may_search`: whether a
+        search may start, the same on every rank."""
         self._devices = devices
         self._micro_batches = tuple(micro_batches)
         self._options = options
@@ -111,7 +112,8 @@ class AutoPlan:
         self._measure_transfer = measure_transfer
         self._transfer = 0.0
         self._least_free = math.inf
-        self._steps: list[Costs] = []
+        self._may_search = may_search
+        self._steps = [costs] if costs is not None else []
         self._search: BackgroundSearch | None = None
         self._programs: dict[bool, list[Program]] = {}
         self.timeline: Timeline
@@ -128,7 +130,22 @@ class AutoPlan:
     @property
     def profiling(self) -> bool:
         """Whether the coming step is to be timed."""
-        return self._search is None and not self._settled
+        measured = len(self._steps) > self._options.profile_steps  # and waits for its search
+        return not (measured or self._settled or self.is_searching)
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether a search is going on."""
+        return self._search is not None
+
+    @property
+    def costs(self) -> Costs | None:
+        """What a step costs on this rank, by those measured so far; None before the first."""
+        return median_costs(self._steps[1:] or self._steps) if self._steps else None
+
+    @property
+    def measured_steps(self) -> int:
+        return len(self._steps)
 
     @property
     def measures_memory(self) -> bool:
@@ -154,8 +171,8 @@ class AutoPlan:
         if not self._begun:
             self._begin()
             self._begun = True
-        elif self._search is not None:
-            self._take_up_search()
+        if self._search is not None:
+            self.take_up_search()
         elif not self._settled and len(self._steps) > self._planned_with:
             self._plan()
 
@@ -175,19 +192,23 @@ class AutoPlan:
         Before a step, not after one: the optimizers have their states by then, and what memory is
         free will stay free.
         """
-        measured = self._planned_with = len(self._steps)
+        measured = len(self._steps)
+        searches = measured > 1 and self._options.search_seconds > 0
+        if searches and measured > self._options.profile_steps and not self._may_search():
+            return
+        self._planned_with = measured
         if measured == 1:
             self._transfer = self._measure_transfer()
             problem = self._gather(self._steps)
             if self.source == "file":
                 self._settle(evaluate(problem, self.timeline.order), "file", measured=True)
             elif not self._take_up_cached(problem):
-                self._adopt(*_greedy(problem), measured=True)
+                self._adopt(*greedy_plan(problem), measured=True)
                 self._settled = self._options.profile_steps == 0
         # The first step made buffers and warmed caches: what the others say is truer.
-        elif measured == 1 + self._options.profile_steps:
+        elif measured > self._options.profile_steps:
             problem = self._gather(self._steps[1:])
-            self._adopt(*_greedy(problem), measured=True)
+            self._adopt(*greedy_plan(problem), measured=True)
             if self._options.search_seconds > 0:
                 self._search = BackgroundSearch(
                     problem, self._options.search_seconds, self._options.search_threads
@@ -199,7 +220,7 @@ class AutoPlan:
         """Settles for the plan of an earlier run, if there is one and it fits what is free now."""
         if self._cached_order is None:
             return False
-        timeline, source = _or_1f1b(evaluate(problem, self._cached_order), "cache")
+        timeline, source = or_1f1b(evaluate(problem, self._cached_order), "cache")
         if timeline.over_limit() is not None:
             return False
         self._settle(timeline, source, measured=True)
@@ -239,9 +260,11 @@ class AutoPlan:
         self._least_free = min(self._least_free, least_free_memory())
         return MEMORY_SHARE * self._least_free
 
-    def _take_up_search(self) -> None:
-        assert self._search is not None
+    def take_up_search(self) -> None:
+        """Takes what a search has found, once it is done; nothing without one. COLLECTIVE."""
         search_ = self._search
+        if search_ is None:
+            return
         text = from_rank_0(lambda: search_.result_text() if search_.is_done else "")
         if not text:
             return
@@ -254,7 +277,7 @@ class AutoPlan:
         problem = self.timeline.problem
         timeline = evaluate(problem, parse_order(problem, found["order"]))
         greedy_makespan = self.timeline.makespan
-        self._settle(*_or_1f1b(timeline, "search"), measured=True)
+        self._settle(*or_1f1b(timeline, "search"), measured=True)
         fits = self.timeline.over_limit() is None
         if self._cache is not None and fits and dist.get_rank() == 0:
             plan = make_plan(self.timeline, greedy=greedy_makespan, seconds=found["seconds"])
@@ -269,18 +292,3 @@ class AutoPlan:
         if self._programs and timeline.order != self.timeline.order:
             self._programs = {}
         self.timeline, self.source, self.is_measured = timeline, source, measured
-
-
-def _greedy(problem: Problem) -> tuple[Timeline, str]:
-    try:
-        return _or_1f1b(greedy(problem), "greedy")
-    except InfeasibleError:  # one model after the other takes the least
-        return evaluate(problem, one_f_one_b(problem)), "1f1b"
-
-
-def _or_1f1b(timeline: Timeline, source: str) -> tuple[Timeline, str]:
-    back_to_back = evaluate(timeline.problem, one_f_one_b(timeline.problem))
-    shorter = timeline.makespan < back_to_back.makespan * (1 - WIN)
-    if shorter or back_to_back.over_limit() is not None:
-        return timeline, source
-    return back_to_back, "1f1b"

@@ -20,6 +20,7 @@ from megatron_rlhfuse.pipeline.errors import PipelineError
 from megatron_rlhfuse.pipeline.executor import execute
 from megatron_rlhfuse.pipeline.links import Transfers, build_links, measure_transfer
 from megatron_rlhfuse.pipeline.memory import ActivationMeter
+from megatron_rlhfuse.pipeline.plan_book import PlanBook
 from megatron_rlhfuse.pipeline.profile import step_costs
 from megatron_rlhfuse.pipeline.rank_layouts import gather_layouts, gather_rows
 from megatron_rlhfuse.pipeline.stage import Stage, StepInput
@@ -114,7 +115,7 @@ class FusedPipeline:
         self._control = dist.new_group(
             backend="gloo", timeout=self._timeout, group_desc="fused pipeline"
         )
-        self._plans: dict[tuple[int, ...], AutoPlan] = {}
+        self._plans = PlanBook(self.devices, self.options)
         self._broken = False
         self.last_step: StepReport | None = None
 
@@ -127,7 +128,6 @@ class FusedPipeline:
         """
         self._agree(steps, forward_only)
         plan = self._plan(steps)
-        plan.before_step()
         program = plan.program(self._device, forward_only)
         timed = not forward_only and (self.options.record or plan.profiling)
         metered = not forward_only and (self.options.meter or plan.measures_memory)
@@ -168,28 +168,22 @@ class FusedPipeline:
 
     def close(self) -> None:
         """Ends a search for a plan that is still going on."""
-        for plan in self._plans.values():
-            plan.close()
+        self._plans.close()
 
     def _meter(self) -> ActivationMeter:
         return ActivationMeter(p for stage in self.stages for p in stage.model.parameters())
 
     def _plan(self, steps: Sequence[StepInput]) -> AutoPlan:
-        """The plan for these numbers of micro-batches; a new one in the first step with them."""
-        counts = tuple(step.micro_batches for step in steps)
-        if counts not in self._plans:
-            sizes = [
-                max(shape.numel() for shape in stage.message_shapes(step))
-                for stage, step in zip(self.stages, steps, strict=True)
-            ]
-            self._plans[counts] = AutoPlan(
-                self.devices,
-                counts,
-                self.options,
-                self._key(steps),
-                lambda: self._measure_transfer(sizes),
-            )
-        return self._plans[counts]
+        """The plan for these numbers of micro-batches. COLLECTIVE."""
+        sizes = [
+            max(shape.numel() for shape in stage.message_shapes(step))
+            for stage, step in zip(self.stages, steps, strict=True)
+        ]
+        return self._plans.plan(
+            tuple(step.micro_batches for step in steps),
+            lambda: self._key(steps),
+            lambda: self._measure_transfer(sizes),
+        )
 
     def _agree(self, steps: Sequence[StepInput], forward_only: bool) -> None:
         """COLLECTIVE, at the head of a step. Raises, on every rank, where they want different ones.

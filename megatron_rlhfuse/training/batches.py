@@ -1,24 +1,34 @@
-"""From samples of unequal length to padded tensors, and from positions to responses. PURE.
+"""Samples of unequal length: stored one behind the other, laid out for a forward pass.
 
-Sequences are padded on the right: attention is causal, so what stands behind a sequence cannot
-reach it, and no mask is needed. Position t of a model's output speaks of token t + 1, so the
-response of a sample is read off the positions `prompt_length - 1 ... prompt_length - 2 + length`.
+Laid out padded, every sequence is a row, with zeros behind it (a token that
+every model has): attention is causal, so what stands behind a sequence cannot reach it, and no mask
+is needed. Laid out packed, all sequences share one row, and attention is told where each ends.
+
+Position t of a model's output speaks of token t + 1, so the response of a sample is read off the
+positions `prompt_length - 1 ... prompt_length - 2 + response_length` of its sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_rlhfuse.dispatch.packing import Field, Segments, move
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Padded sequences.
+class RaggedTokens:
+    """Prompt and response of every sample, one sequence behind the other.
 
-    tokens: [batch, sequence] int64; prompt_lengths, response_lengths: [batch] int64.
+    tokens: [tokens] int64; prompt_lengths, response_lengths: [batch] int64, in host memory
     """
 
     tokens: Tensor
@@ -26,72 +36,139 @@ class TokenBatch:
     response_lengths: Tensor
 
     @classmethod
-    def pad(
-        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token: int
-    ) -> TokenBatch:
-        """Lays prompt and response of each sample side by side."""
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        longest = max(len(row) for row in rows)
+    def of(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> RaggedTokens:
+        """Of token ids; prompts have at least one."""
+        pairs = list(zip(prompts, responses, strict=True))
         return cls(
-            tokens=torch.tensor([row + [pad_token] * (longest - len(row)) for row in rows]),
-            prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
-            response_lengths=torch.tensor([len(response) for response in responses]),
+            tokens=torch.tensor(list(chain.from_iterable(chain.from_iterable(pairs)))),
+            prompt_lengths=torch.tensor([len(prompt) for prompt, _ in pairs]),
+            response_lengths=torch.tensor([len(response) for _, response in pairs]),
         )
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch] int64: tokens of prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    def to(self, device: torch.device) -> RaggedTokens:
+        """The same with the tokens on another device."""
+        return RaggedTokens(self.tokens.to(device), self.prompt_lengths, self.response_lengths)
+
+    def lay_out(
+        self, rows: Tensor | None = None, packed: bool = False
+    ) -> tuple[TokenBatch, list[Field]]:
+        """A batch of the given samples (default: all) and what is still to be moved into it.
+
+        rows: [n] int64 in host memory
+        """
+        lengths, starts = self.lengths, starts_of(self.lengths)
+        prompts, responses = self.prompt_lengths, self.response_lengths
+        if rows is not None:
+            lengths, starts = lengths[rows], starts[rows]
+            prompts, responses = prompts[rows], responses[rows]
+        longest = int(lengths.max())
+        if packed:
+            segments = Segments.to_packed(starts, lengths)
+            shape = (1, int(lengths.sum()))
+        else:
+            segments = Segments.to_rows(starts, lengths, longest)
+            shape = (len(lengths), longest)
+        device = self.tokens.device
+        tokens, positions = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
+        ends = segments.target_starts + lengths
+        batch = TokenBatch(
+            tokens=tokens,
+            positions=positions,
+            first=_moved(segments.target_starts + prompts - 1, device),
+            last=_moved(ends - 1, device),
+            ends=_moved(ends.to(torch.int32), device) if packed else None,
+            longest=longest,
+            longest_response=int(responses.max()),
+        )
+        return batch, [Field(segments, tokens, self.tokens), Field(segments, positions)]
+
+    def batch(self, rows: Tensor | None = None, packed: bool = False) -> TokenBatch:
+        """The given samples (default: all), [n] int64, laid out."""
+        batch, fields = self.lay_out(rows, packed)
+        move(fields)
+        return batch
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """RaggedTokens laid out for a forward pass: padded [batch, longest], or packed [1, tokens].
+
+    Attributes:
+        tokens, positions: int64; a position counts from 0 in every sequence
+        first, last: [batch] int64, positions in the flattened layout that predict the first token
+            of the response, and that hold the last one
+        ends: [batch] int32, where each sequence ends, if packed
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    first: Tensor
+    last: Tensor
+    ends: Tensor | None
+    longest: int
+    longest_response: int
 
     @property
     def size(self) -> int:
         """Number of sequences."""
-        return self.tokens.shape[0]
-
-    @property
-    def longest_response(self) -> int:
-        """Width of response-shaped tensors of this batch."""
-        return int(self.response_lengths.max())
-
-    def select(self, rows: Tensor) -> TokenBatch:
-        """The given rows, [n] int64, cut to their longest sequence."""
-        prompt_lengths, response_lengths = self.prompt_lengths[rows], self.response_lengths[rows]
-        longest = int((prompt_lengths + response_lengths).max())
-        return TokenBatch(self.tokens[rows, :longest], prompt_lengths, response_lengths)
+        return len(self.first)
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on another device."""
         return TokenBatch(
-            self.tokens.to(device, non_blocking=True),
-            self.prompt_lengths.to(device, non_blocking=True),
-            self.response_lengths.to(device, non_blocking=True),
+            tokens=_moved(self.tokens, device),
+            positions=_moved(self.positions, device),
+            first=_moved(self.first, device),
+            last=_moved(self.last, device),
+            ends=None if self.ends is None else _moved(self.ends, device),
+            longest=self.longest,
+            longest_response=self.longest_response,
         )
 
-    def position_ids(self) -> Tensor:
-        """[batch, sequence] int64: 0, 1, 2, ... in every row."""
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
-
     def next_tokens(self) -> Tensor:
-        """[batch, sequence] int64: the token that position t predicts; the last one wraps."""
-        return self.tokens.roll(-1, dims=1)
-
-    def response_mask(self) -> Tensor:
-        """[batch, response] float32: 1 on response tokens."""
-        columns = torch.arange(self.longest_response, device=self.tokens.device)
-        return (columns < self.response_lengths.unsqueeze(1)).float()
+        """The token that each position predicts; behind the last one of a sequence any token."""
+        return self.tokens.flatten().roll(-1).view_as(self.tokens)
 
     def gather_response(self, per_position: Tensor) -> Tensor:
-        """Reads [batch, sequence] outputs at the positions that predict the response.
+        """Reads outputs, of the layout's shape, at the positions that predict the response.
 
-        Returns [batch, response]; garbage outside the response, as `response_mask` tells.
+        Returns [batch, longest_response]; beyond a response its last position over again.
         """
         columns = torch.arange(self.longest_response, device=per_position.device)
-        index = self.prompt_lengths.unsqueeze(1) - 1 + columns
-        return per_position.gather(1, index.clamp(max=per_position.shape[1] - 1))
+        index = torch.minimum(self.first.unsqueeze(1) + columns, self.last.unsqueeze(1))
+        return per_position.flatten().gather(0, index.flatten()).view_as(index)
 
-    def last_positions(self) -> Tensor:
-        """[batch] int64: the position of each sequence's last token."""
-        return self.prompt_lengths + self.response_lengths - 1
+    def gather_last(self, per_position: Tensor) -> Tensor:
+        """[batch]: the output at the last token of each sequence."""
+        return per_position.flatten().gather(0, self.last)
+
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        """What attention has to know of a packed batch; None of a padded one."""
+        if self.ends is None:
+            return None
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        starts_and_end = torch.nn.functional.pad(self.ends, (1, 0))
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts_and_end,
+            cu_seqlens_kv=starts_and_end,
+            max_seqlen_q=self.longest,
+            max_seqlen_kv=self.longest,
+        )
 
 
-def pad_rows(rows: Sequence[Tensor], width: int) -> Tensor:
-    """[response] tensors of unequal length as one [batch, width] tensor, zeros on the right."""
-    padded = rows[0].new_zeros(len(rows), width)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = values
-    return padded
+def starts_of(lengths: Tensor) -> Tensor:
+    """Where each of the given lengths begins when they lie one behind the other."""
+    return lengths.cumsum(0) - lengths
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The rollout batch as training sees it: one row per sample, advantages worked out. PURE.
+"""The rollout batch with its advantages worked out: one row per sample. PURE.
 
 Every rank holds the whole batch and computes the same advantages from the same bytes, so nothing
 about them needs to be communicated.
@@ -6,16 +6,17 @@ about them needs to be communicated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_rlhfuse.dispatch.packing import Field, Segments, move
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rlhf.advantages import estimate_advantages
 from megatron_rlhfuse.rlhf.rewards import token_rewards
-from megatron_rlhfuse.training.batches import TokenBatch, pad_rows
+from megatron_rlhfuse.training.batches import RaggedTokens, starts_of
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class AdvantageOptions:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout batch, or some rows of it. Tensors are [batch, response] float32 unless said."""
+    """A whole rollout batch, ordered by sample id, in host memory.
 
-    batch: TokenBatch
+    Tensors are [batch, response] float32 unless said, and 0 outside the responses.
+    """
+
+    sequences: RaggedTokens
     mask: Tensor
     rollout_log_probs: Tensor
     old_log_probs: Tensor
@@ -50,45 +54,25 @@ class Experience:
     """[batch] float32: reward model plus reward function."""
     rewards: Tensor
     """What the advantages were computed from: score and KL penalty, per token."""
-    weights: Tensor | None = None
-    """Share of each token in its mini-batch; set once the mini-batch is known."""
-
-    def select(self, rows: Tensor) -> Experience:
-        """The given rows, [n] int64, cut to their longest sequence and response."""
-        batch = self.batch.select(rows)
-        width = batch.longest_response
-        changed: dict[str, object] = {"batch": batch, "scores": self.scores[rows]}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in changed and value is not None:
-                changed[field.name] = value[rows, :width]
-        return replace(self, **changed)  # type: ignore[arg-type]
-
-    def to(self, device: torch.device) -> Experience:
-        """The same rows on another device."""
-        moved = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
-        return replace(self, **moved)
 
 
 def build_experience(
-    scored: Sequence[ScoredSample], options: AdvantageOptions, kl_coefficient: float, pad_token: int
+    scored: Sequence[ScoredSample], options: AdvantageOptions, kl_coefficient: float
 ) -> Experience:
     """Lays out a whole rollout batch, ordered by sample id, and estimates its advantages."""
     samples = [item.sample for item in scored]
-    batch = TokenBatch.pad([s.prompt for s in samples], [s.response for s in samples], pad_token)
-    mask = batch.response_mask()
-    width = mask.shape[1]
-
-    def padded(name: str) -> Tensor | None:
-        rows = [getattr(item, name) for item in scored]
-        return None if rows[0] is None else pad_rows(rows, width)
-
-    old_log_probs = pad_rows([item.log_probs for item in scored], width)
-    reference_log_probs, values = padded("reference_log_probs"), padded("values")
+    sequences = RaggedTokens.of([s.prompt for s in samples], [s.response for s in samples])
+    mask, columns = _padded(
+        sequences.response_lengths,
+        {
+            "rollout_log_probs": [torch.tensor(s.log_probs) for s in samples],
+            "log_probs": [item.log_probs for item in scored],
+            "reference_log_probs": [item.reference_log_probs for item in scored],
+            "values": [item.values for item in scored],
+        },
+    )
+    old_log_probs = columns["log_probs"]
+    reference_log_probs, values = columns.get("reference_log_probs"), columns.get("values")
     scores = torch.tensor([item.score for item in scored], dtype=torch.float32)
     rewards = token_rewards(
         scores,
@@ -113,9 +97,9 @@ def build_experience(
         normalize_std=options.normalize_std,
     )
     return Experience(
-        batch=batch,
+        sequences=sequences,
         mask=mask,
-        rollout_log_probs=pad_rows([torch.tensor(s.log_probs) for s in samples], width),
+        rollout_log_probs=columns["rollout_log_probs"],
         old_log_probs=old_log_probs,
         reference_log_probs=reference_log_probs,
         old_values=values,
@@ -124,6 +108,33 @@ def build_experience(
         scores=scores,
         rewards=rewards,
     )
+
+
+def _padded(
+    lengths: Tensor, columns: Mapping[str, Sequence[Tensor | None]]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mask of the responses, and every column padded to the longest, if there are values.
+
+    columns: one [response] float32 tensor per sample each, or None for all of them
+    """
+    width = int(lengths.max())
+    segments = Segments.to_rows(starts_of(lengths), lengths, width)
+    shape = (len(lengths), width)
+    mask = torch.empty(shape)
+    fields = [Field(segments, mask, each=torch.ones(len(lengths)))]
+    targets = {}
+    for name, column in columns.items():
+        rows = [row for row in column if row is not None]
+        if not rows:
+            continue
+        for sample, (row, length) in enumerate(zip(column, lengths.tolist(), strict=True)):
+            if row is None or len(row) != length:
+                found = "none" if row is None else len(row)
+                raise ValueError(f"samples[{sample}].{name}: want {length} values, got {found}")
+        targets[name] = torch.empty(shape)
+        fields.append(Field(segments, targets[name], torch.cat(rows)))
+    move(fields)
+    return mask, targets
 
 
 def mini_batches(size: int, mini_batch: int, epochs: int, seed: int) -> list[list[Tensor]]:

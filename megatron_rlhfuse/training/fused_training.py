@@ -27,8 +27,8 @@ from megatron_rlhfuse.schedule.errors import InfeasibleError
 from megatron_rlhfuse.schedule.evaluate import Timeline
 from megatron_rlhfuse.schedule.plan import make_plan, plan_to_json
 from megatron_rlhfuse.schedule.search import greedy
-from megatron_rlhfuse.training.experience import Experience
 from megatron_rlhfuse.training.trained_model import StepResult, TrainedModel, TrainedModels
+from megatron_rlhfuse.training.training_data import MicroBatch
 
 MEASURED_TRACK = "pipeline"
 PLANNED_TRACK = "pipeline, planned"
@@ -43,7 +43,7 @@ class ModelStep:
     """
 
     forward_step: ForwardStep
-    micro_batches: Sequence[Experience]
+    micro_batches: Sequence[MicroBatch]
     metrics: Sequence[str]
 
 

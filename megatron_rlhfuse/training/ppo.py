@@ -9,6 +9,7 @@ import argparse
 import zlib
 from dataclasses import dataclass, field, replace
 
+from megatron_rlhfuse import platform
 from megatron_rlhfuse.dispatch.micro_batches import Figures
 from megatron_rlhfuse.observe.trace import Tracer
 from megatron_rlhfuse.rlhf.losses import PolicyLossOptions, aggregation_weights
@@ -24,6 +25,7 @@ from megatron_rlhfuse.training.steps import (
     value_step,
 )
 from megatron_rlhfuse.training.trained_model import StepResult, TrainedModel, TrainedModels
+from megatron_rlhfuse.training.training_data import MiniBatch, TrainingData
 
 
 @dataclass
@@ -76,10 +78,11 @@ class PPO:
             seed=zlib.crc32(f"{args.seed} {iteration}".encode()),
         )  # fmt: skip
         train_actor = iteration > args.critic_warmup_iters
+        data = TrainingData.of(experience, platform.device())
         for rows in (rows for epoch in order for rows in epoch):
-            mini_batch = experience.select(rows)
-            weights = aggregation_weights(mini_batch.mask, args.ppo_loss_aggregation)
-            mini_batch = replace(mini_batch, weights=weights)
+            weights = aggregation_weights(experience.mask[rows], args.ppo_loss_aggregation)
+            # Tokens of a sample weigh the same: what its first one does.
+            mini_batch = MiniBatch(data, rows, weights[:, 0])
             if not train_actor or updates.stopped_early:
                 self._models.actor.skip_step()
                 if self._models.critic is not None:
@@ -96,7 +99,7 @@ class PPO:
         return updates
 
     def _step_both(
-        self, mini_batch: Experience, options: PolicyLossOptions
+        self, mini_batch: MiniBatch, options: PolicyLossOptions
     ) -> tuple[StepResult, list[StepResult]]:
         """The actor's step and, if there is one, the critic's."""
         critic = self._models.critic
@@ -108,12 +111,12 @@ class PPO:
             result = self._models.actor.step(step.forward_step, step.micro_batches, step.metrics)
         return result, [] if critic is None else [self._step_critic(critic, mini_batch)]
 
-    def _step_critic(self, critic: TrainedModel, mini_batch: Experience) -> StepResult:
+    def _step_critic(self, critic: TrainedModel, mini_batch: MiniBatch) -> StepResult:
         step = self._critic_step(critic, mini_batch)
         with self._tracer.span("critic step", "critic_training"):
             return critic.step(step.forward_step, step.micro_batches, step.metrics)
 
-    def _actor_step(self, mini_batch: Experience, options: PolicyLossOptions) -> ModelStep:
+    def _actor_step(self, mini_batch: MiniBatch, options: PolicyLossOptions) -> ModelStep:
         actor = self._models.actor
         micro_batches = self._dispatchers[actor.name].micro_batches(mini_batch)
         scale = LossScale(len(micro_batches), actor.replicas)
@@ -121,7 +124,7 @@ class PPO:
             policy_step(self._head, options, scale), micro_batches, policy_metrics(options)
         )
 
-    def _critic_step(self, critic: TrainedModel, mini_batch: Experience) -> ModelStep:
+    def _critic_step(self, critic: TrainedModel, mini_batch: MiniBatch) -> ModelStep:
         micro_batches = self._dispatchers[critic.name].micro_batches(mini_batch)
         scale = LossScale(len(micro_batches), critic.replicas)
         return ModelStep(

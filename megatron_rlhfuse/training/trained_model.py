@@ -28,7 +28,7 @@ from megatron_rlhfuse.models.hf_config import Head, ModelShape
 from megatron_rlhfuse.models.load import load_hf_weights
 from megatron_rlhfuse.pipeline.groups import ModelGroups
 from megatron_rlhfuse.pipeline.model import ForwardStep, PipelinedModel
-from megatron_rlhfuse.training.experience import Experience
+from megatron_rlhfuse.training.training_data import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainedModel(PipelinedModel):
         self.name = name
         self.args = args
         self.shape = shape
-        model = build_model(args, groups, head)
+        model = build_model(args, groups, head, args.rlhfuse_pack_sequences)
         load_hf_weights(model, folder, shape, groups)
         self._ddp = wrap_for_training(model, args, model.config, groups)
         super().__init__(self._ddp, groups)
@@ -93,7 +93,7 @@ class TrainedModel(PipelinedModel):
         )
 
     def step(
-        self, forward_step: ForwardStep, micro_batches: Sequence[Experience], metrics: Sequence[str]
+        self, forward_step: ForwardStep, micro_batches: Sequence[MicroBatch], metrics: Sequence[str]
     ) -> StepResult:
         """Forward and backward over this replica's micro-batches, then one optimizer step.
 
@@ -173,6 +173,7 @@ def critic_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.weight_decay_incr_style == "constant":
         critic.start_weight_decay = critic.end_weight_decay = critic.weight_decay
     critic.micro_batch_size = args.critic_micro_batch_size
+    critic.micro_batch_tokens = args.critic_micro_batch_tokens
     return critic
 
 

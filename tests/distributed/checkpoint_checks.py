@@ -172,7 +172,7 @@ def _experience(args: Any) -> Any:
 
     samples = [make_sample(i, i) for i in range(args.rollout_batch_size)]
     scored = [make_scored(s, torch.tensor(s.log_probs), s.sample_id) for s in samples]
-    return build_experience(scored, advantage_options(args), 0.1, pad_token=0)
+    return build_experience(scored, advantage_options(args), 0.1)
 
 
 def _other_layout(trainer: Any) -> Results:

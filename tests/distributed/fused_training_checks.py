@@ -37,9 +37,30 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, object]]] = {
             "accumulate_allreduce_grads_in_fp32": True,
         },
     ),
+    "PP4, packed": ((1, 4), (1, 2), {"rlhfuse_pack_sequences": True}),
+    # Tokens: the numbers of micro-batches follow the samples' lengths, so they differ by step.
+    "PP4, critic 2 x PP2, tokens": (
+        (1, 4),
+        (1, 2),
+        {"micro_batch_tokens": 30, "critic_micro_batch_tokens": 44},
+    ),
+    "PP2 DP2, packed tokens": (
+        (1, 2),
+        (1, 2),
+        {
+            "micro_batch_tokens": 30,
+            "critic_micro_batch_tokens": 44,
+            "rlhfuse_pack_sequences": True,
+        },
+    ),
 }
-SEARCHED = [name for name in CASES if name not in ("early stop", "critic warm-up")]
-"""The cases with enough fused steps to come to the plan that was searched for."""
+SEARCHED = [
+    name
+    for name, (_, _, changes) in CASES.items()
+    if name not in ("early stop", "critic warm-up") and "micro_batch_tokens" not in changes
+]
+"""The cases with enough fused steps, of the same numbers of micro-batches, to come to the plan
+that was searched for."""
 
 CHECKPOINTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "PP4, critic 2 x PP2": ((1, 4), (1, 2)),

@@ -136,7 +136,7 @@ class _Job:
         from megatron_rlhfuse.training.experience import build_experience
         from megatron_rlhfuse.training.ppo import PPO, advantage_options
 
-        experience = build_experience(scored[:8], advantage_options(self.args), 0.1, pad_token=0)
+        experience = build_experience(scored[:8], advantage_options(self.args), 0.1)
         PPO(self.args, self.models, Tracer("unused", 0, enabled=False)).update(1, experience, 0.1)
 
 

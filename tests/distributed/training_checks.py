@@ -27,6 +27,7 @@ from tests.distributed.training_reference import (
     MINI_BATCH,
     Reference,
     Results,
+    select,
 )
 
 # Actor's and critic's tensor and pipeline sizes, and what else differs from FLAGS.
@@ -41,6 +42,21 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, object]]] = {
         {"micro_batch_size": 4, "critic_micro_batch_size": 1, "overlap_grad_reduce": True},
     ),
     "DP4, samples in order": ((1, 1), (1, 1), {"rlhfuse_dispatch": "in-order"}),
+    "PP2 DP2, packed": ((1, 2), (2, 1), {"rlhfuse_pack_sequences": True}),
+    "TP2 DP2, tokens": (
+        (2, 1),
+        (1, 2),
+        {"micro_batch_tokens": 30, "critic_micro_batch_tokens": 44},
+    ),
+    "DP2 PP2, packed tokens": (
+        (1, 2),
+        (1, 1),
+        {
+            "micro_batch_tokens": 30,
+            "critic_micro_batch_tokens": 44,
+            "rlhfuse_pack_sequences": True,
+        },
+    ),
     "PP4, recomputed activations": (
         (1, 4),
         (1, 1),
@@ -78,8 +94,8 @@ def check_training(folder: str) -> Results:
         "cases": cases,
         "early stop": _early_stop(args, experiences),
         "warm-up": _critic_warmup(args, experiences),
-        "sgd": _sgd(args, experiences[0].select(rows)),
-        "bfloat16": _bfloat16(args, experiences[0].select(rows)),
+        "sgd": _sgd(args, select(experiences[0], rows)),
+        "bfloat16": _bfloat16(args, select(experiences[0], rows)),
     }
 
 
@@ -91,7 +107,6 @@ def _first_mini_batch(args: Namespace) -> Tensor:
 
 def make_experience(args: Namespace, reference: Reference, iteration: int) -> Any:
     """A rollout batch of random tokens, scored by something near the actor."""
-    from megatron_rlhfuse.training.batches import TokenBatch
     from megatron_rlhfuse.training.experience import build_experience
     from megatron_rlhfuse.training.ppo import advantage_options
 
@@ -100,9 +115,9 @@ def make_experience(args: Namespace, reference: Reference, iteration: int) -> An
         seed = 1000 * iteration + sample_id
         sample = make_sample(sample_id, seed)
         with torch.no_grad():
-            log_probs, _ = reference.policy(TokenBatch.pad([sample.prompt], [sample.response], 0))
+            log_probs, _ = reference.policy([(list(sample.prompt), list(sample.response))])
         scored.append(make_scored(sample, log_probs[0], seed))
-    return build_experience(scored, advantage_options(args), KL_COEFFICIENT, pad_token=0)
+    return build_experience(scored, advantage_options(args), KL_COEFFICIENT)
 
 
 def in_layout(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ FLAGS = f"""
     --ppo-entropy-coef 0.01 --ppo-dual-clip 3 --ppo-tis-cap 1.5
 """
 Results = dict[str, Any]
+Samples = list[tuple[list[int], list[int]]]
+"""Prompt and response."""
 
 
 class Reference:
@@ -64,15 +66,13 @@ class Reference:
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=ADAM_EPS)
 
     def _update(self, iteration: int, experience: Any) -> Results:
-        from megatron_rlhfuse.rlhf.losses import aggregation_weights
         from megatron_rlhfuse.training.experience import mini_batches
 
         seed = zlib.crc32(f"{self.args.seed} {iteration}".encode())
         results: Results = {"actor": [], "critic": []}
         for epoch in mini_batches(BATCH, MINI_BATCH, EPOCHS, seed):
             for rows in epoch:
-                part = experience.select(rows)
-                part = replace(part, weights=aggregation_weights(part.mask, "token-mean"))
+                part = select(experience, rows)
                 results["actor"].append(self._step("actor", self._policy_loss(part)))
                 results["critic"].append(self._step("critic", self._value_loss(part)))
                 self.steps += 1
@@ -91,26 +91,27 @@ class Reference:
         metrics = {key: float(value) for key, value in output.metrics.items()}
         return {"grad_norm": float(norm), "learning_rate": rate, **metrics}
 
-    def policy(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def policy(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Log-probability of and entropy at every response token, [batch, response]."""
-        distribution = (self.actor(batch.tokens).logits / TEMPERATURE).log_softmax(-1)
-        row, column, position = _response_positions(batch)
+        tokens = _padded(samples)
+        distribution = (self.actor(tokens).logits / TEMPERATURE).log_softmax(-1)
+        row, column, position = _response_positions(samples)
         here = distribution[row, position]
-        token = batch.tokens[row, position + 1]
-        empty = torch.zeros(batch.response_mask().shape)
+        token = tokens[row, position + 1]
+        empty = torch.zeros(len(samples), max(len(response) for _, response in samples))
         log_probs = empty.index_put((row, column), distribution[row, position, token])
         return log_probs, empty.index_put((row, column), -(here.exp() * here).sum(-1))
 
     def _policy_loss(self, part: Any) -> Any:
         from megatron_rlhfuse.rlhf.losses import PolicyBatch, PolicyLossOptions, policy_loss
 
-        log_probs, entropy = self.policy(part.batch)
+        log_probs, entropy = self.policy(samples_of(part))
         batch = PolicyBatch(
             log_probs=log_probs,
             old_log_probs=part.old_log_probs,
             advantages=part.advantages,
             mask=part.mask,
-            weights=part.weights,
+            weights=part.mask / part.mask.sum(),
             rollout_log_probs=part.rollout_log_probs,
             reference_log_probs=part.reference_log_probs,
             entropy=entropy,
@@ -129,12 +130,14 @@ class Reference:
     def _value_loss(self, part: Any) -> Any:
         from megatron_rlhfuse.rlhf.losses import ValueBatch, value_loss
 
-        hidden = self.critic.model(part.batch.tokens).last_hidden_state
+        samples = samples_of(part)
+        hidden = self.critic.model(_padded(samples)).last_hidden_state
         outputs = self.critic.score(hidden).squeeze(-1)
-        row, column, position = _response_positions(part.batch)
+        row, column, position = _response_positions(samples)
         empty = torch.zeros(part.mask.shape)
         values = empty.index_put((row, column), outputs[row, position])
-        batch = ValueBatch(values, part.old_values, part.returns, part.mask, part.weights)
+        weights = part.mask / part.mask.sum()
+        batch = ValueBatch(values, part.old_values, part.returns, part.mask, weights)
         return value_loss(batch, 0.2)
 
     def weights(self) -> dict[str, Tensor]:
@@ -156,14 +159,44 @@ class Reference:
         return errors
 
 
-def _response_positions(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def select(experience: Any, rows: Tensor) -> Any:
+    """Some rows of an experience as one of its own."""
+    samples = samples_of(experience)
+    chosen = [samples[row] for row in rows.tolist()]
+    width = max(len(response) for _, response in chosen)
+    parts = {
+        field.name: value[rows] if value.dim() == 1 else value[rows, :width]
+        for field in fields(experience)
+        if isinstance(value := getattr(experience, field.name), Tensor)
+    }
+    return replace(
+        experience, sequences=type(experience.sequences).of(*zip(*chosen, strict=True)), **parts
+    )
+
+
+def samples_of(experience: Any) -> Samples:
+    """Prompt and response of every row."""
+    sequences, samples, start = experience.sequences, [], 0
+    lengths = zip(sequences.prompt_lengths, sequences.response_lengths, strict=True)
+    for prompt, response in lengths:
+        middle, end = start + int(prompt), start + int(prompt + response)
+        tokens = sequences.tokens.tolist()
+        samples.append((tokens[start:middle], tokens[middle:end]))
+        start = end
+    return samples
+
+
+def _padded(samples: Samples) -> Tensor:
+    rows = [torch.tensor([*prompt, *response]) for prompt, response in samples]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _response_positions(samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
     """Row, column of the response, and position that predicts it, of every response token."""
     places = [
-        (row, column, prompt + column - 1)
-        for row, (prompt, response) in enumerate(
-            zip(batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
-        )
-        for column in range(response)
+        (row, column, len(prompt) + column - 1)
+        for row, (prompt, response) in enumerate(samples)
+        for column in range(len(response))
     ]
     row, column, position = torch.tensor(places).T
     return row, column, position

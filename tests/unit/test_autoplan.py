@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_rlhfuse.pipeline import autoplan, plan_file
+from megatron_rlhfuse.pipeline import plan_file
 from megatron_rlhfuse.pipeline.autoplan import AutoPlan, PlanOptions
 from megatron_rlhfuse.pipeline.devices import DeviceMap, map_devices, opposite_layout
 from megatron_rlhfuse.pipeline.errors import PlanMismatchError
@@ -27,38 +26,24 @@ from megatron_rlhfuse.schedule.evaluate import evaluate
 from megatron_rlhfuse.schedule.plan import load_plan, make_plan, plan_to_json
 from megatron_rlhfuse.schedule.problem import Problem
 from megatron_rlhfuse.schedule.search import greedy
+from tests.unit.one_rank_planning import (
+    ACTIVATION,
+    COSTS,
+    COUNTS,
+    DEVICES,
+    NAMES,
+    PATIENCE,
+    is_searching,
+    one_rank,
+    opposite,
+)
 
-NAMES = ("actor", "critic")
-COUNTS = (4, 4)
-ACTIVATION = 100.0
-COSTS: Costs = (StageCost(0.01, 0.02, ACTIVATION), StageCost(0.012, 0.021, ACTIVATION))
 QUICK = PlanOptions(search_seconds=0.1, profile_steps=2)
-PATIENCE = 60.0
-"""Seconds that a test waits for a search: the machine may be busy."""
-
-
-def opposite(ranks: int) -> DeviceMap:
-    """Two models of `ranks` stages, whose pipelines run opposite to each other."""
-    layout = Layout.contiguous(ranks, 1, ranks)
-    return map_devices(NAMES, [layout, opposite_layout(layout, 1, ranks)])
-
-
-DEVICES = opposite(4)
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A job of one rank, which answers for all stages."""
-
-    def gather(devices: DeviceMap, mine: Costs, transfer: float) -> Any:
-        return [
-            [cost] * layout.pp for cost, layout in zip(mine, devices.layouts, strict=True)
-        ], transfer
-
-    monkeypatch.setattr(autoplan, "gather_costs", gather)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from one_rank(monkeypatch)
 
 
 def make(
@@ -91,10 +76,6 @@ def step_until(plan: AutoPlan, done: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline, plan.source
         step(plan)
         time.sleep(0.02)
-
-
-def is_searching() -> bool:
-    return any(thread.name == "plan search" for thread in threading.enumerate())
 
 
 def back_to_back(problem: Problem) -> float:

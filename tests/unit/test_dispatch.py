@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 
 from megatron_rlhfuse.dispatch.balance import balance
 from megatron_rlhfuse.dispatch.cost import SequenceCost
+from megatron_rlhfuse.dispatch.layout import PACKED, PADDED, Layout, Runs
 from megatron_rlhfuse.dispatch.micro_batches import (
     Limit,
-    Runs,
     deal,
     deal_in_order,
     measure,
-    padded_cost,
-    padded_tokens,
     pipeline_order,
 )
 from megatron_rlhfuse.models.hf_config import ModelShape
@@ -123,24 +121,32 @@ def test_what_cannot_be_balanced_is_refused(costs: list[float], groups: int, nam
         balance(costs, groups)
 
 
+both_layouts = pytest.mark.parametrize("layout", [PADDED, PACKED], ids=["padded", "packed"])
+
+
 def check(lengths: list[int], replicas: int, dealt: list[Runs]) -> None:
     assert len(dealt) == replicas
     assert len({len(runs) for runs in dealt}) == 1
+    assert all(run for runs in dealt for run in runs)
     samples = [sample for runs in dealt for run in runs for sample in run]
     assert sorted(samples) == list(range(len(lengths)))
 
 
-@given(lengths_lists, st.integers(1, 4), st.integers(1, 5))
-def test_micro_batches_of_so_many_rows(lengths: list[int], replicas: int, rows: int) -> None:
+@both_layouts
+@given(lengths=lengths_lists, replicas=st.integers(1, 4), rows=st.integers(1, 5))
+def test_micro_batches_of_so_many_rows(
+    lengths: list[int], replicas: int, rows: int, layout: Layout
+) -> None:
     lengths = lengths * replicas * rows
-    dealt = deal(lengths, replicas, Limit(rows=rows), COST)
+    dealt = deal(lengths, replicas, Limit(rows=rows), COST, layout)
     check(lengths, replicas, dealt)
     assert {len(run) for runs in dealt for run in runs} == {rows}
     in_order = deal_in_order(len(lengths), replicas, rows)
     check(lengths, replicas, in_order)
-    figures, before = (measure(lengths, each, COST) for each in (dealt, in_order))
+    figures, before = (measure(lengths, each, COST, layout) for each in (dealt, in_order))
     assert figures.tokens == before.tokens == sum(lengths)
     assert sum(lengths) <= figures.computed <= before.computed
+    assert figures.micro_batches == before.micro_batches == len(lengths) // (replicas * rows)
 
 
 @given(lengths_lists, st.integers(1, 4), st.integers(0, 2000))
@@ -149,7 +155,7 @@ def test_micro_batches_of_so_many_tokens(lengths: list[int], replicas: int, more
     limit = max(lengths) + more
     dealt = deal(lengths, replicas, Limit(tokens=limit), COST)
     check(lengths, replicas, dealt)
-    assert all(padded_tokens(lengths, run) <= limit for runs in dealt for run in runs)
+    assert all(PADDED.tokens(lengths, run) <= limit for runs in dealt for run in runs)
     # No fewer would do: runs from the longest on are the fewest, up to equal numbers.
     fewest, start, falling = 0, 0, sorted(lengths, reverse=True)
     while start < len(falling):
@@ -179,7 +185,114 @@ def test_the_dearest_run_is_as_cheap_as_it_can_be(lengths: list[int], count: int
             for start, end in itertools.pairwise((0, *cut, len(falling)))
         )
     )
-    assert max(padded_cost(lengths, run, COST) for run in runs) == pytest.approx(optimum)
+    assert max(PADDED.cost(lengths, run, COST) for run in runs) == pytest.approx(optimum)
+
+
+def needed(lengths: list[int], tokens: int) -> int:
+    """The fewest packed micro-batches of at most so many tokens, by trying everything."""
+    found, falling = len(lengths), sorted(lengths, reverse=True)
+    sums: list[int] = []
+
+    def place(sample: int) -> None:
+        nonlocal found
+        if sample == len(falling):
+            found = len(sums)
+            return
+        for i in range(len(sums)):
+            if sums[i] + falling[sample] <= tokens and sums[i] not in sums[:i]:
+                sums[i] += falling[sample]
+                place(sample + 1)
+                sums[i] -= falling[sample]
+        if len(sums) + 1 < found:
+            sums.append(falling[sample])
+            place(sample + 1)
+            sums.pop()
+
+    place(0)
+    return found
+
+
+def first_fit(lengths: list[int], tokens: int) -> int:
+    """Packed micro-batches that first fit by falling length takes."""
+    sums: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, total in enumerate(sums) if total + length <= tokens]
+        if fitting:
+            sums[fitting[0]] += length
+        else:
+            sums.append(length)
+    return len(sums)
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.integers(1, 4), st.integers(0, 2000))
+def test_packed_micro_batches_of_so_many_tokens(
+    lengths: list[int], replicas: int, more: int
+) -> None:
+    lengths = lengths * replicas
+    limit = max(lengths) + more
+    dealt = deal(lengths, replicas, Limit(tokens=limit), COST, PACKED)
+    check(lengths, replicas, dealt)
+    assert all(PACKED.tokens(lengths, run) <= limit for runs in dealt for run in runs)
+    count = replicas * len(dealt[0])
+    assert sum(lengths) <= count * limit
+    assert count <= -(-first_fit(lengths, limit) // replicas) * replicas
+    figures = measure(lengths, dealt, COST, PACKED)
+    assert figures.computed == figures.tokens == sum(lengths)
+    assert figures.micro_batches == len(dealt[0])
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.integers(1, 4), st.integers(0, 2000))
+def test_packing_computes_no_more_than_padding(
+    lengths: list[int], replicas: int, more: int
+) -> None:
+    lengths = lengths * replicas
+    limit = Limit(tokens=max(lengths) + more)
+    packed, padded = (
+        measure(lengths, deal(lengths, replicas, limit, COST, layout), COST, layout)
+        for layout in (PACKED, PADDED)
+    )
+    assert packed.computed <= padded.computed
+
+
+def test_packed_micro_batches_are_hardly_ever_more_than_needed() -> None:
+    rng = np.random.default_rng(3)
+    misses = 0
+    for _ in range(400):
+        replicas, longest = int(rng.integers(1, 4)), int(rng.choice([5, 10, 40]))
+        size = replicas * int(rng.integers(1, 8 // replicas + 1))
+        lengths = rng.integers(1, longest + 1, size).tolist()
+        limit = max(lengths) + int(rng.choice([0, 1, rng.integers(0, 3 * longest)]))
+        (runs, *_) = deal(lengths, replicas, Limit(tokens=limit), COST, PACKED)
+        fewest = -(-needed(lengths, limit) // replicas)
+        assert len(runs) >= fewest
+        misses += len(runs) > fewest
+    assert misses <= 2
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_packed_micro_batches_are_better_balanced_than_in_order(seed: int) -> None:
+    drawn = np.clip(np.rint(np.random.default_rng(seed).lognormal(5, 1, 64)), 1, 2048)
+    lengths = drawn.astype(int).tolist()
+    dealt = deal(lengths, 4, Limit(rows=4), COST, PACKED)
+    in_order = deal_in_order(64, 4, 4)
+    figures, before = (measure(lengths, each, COST, PACKED) for each in (dealt, in_order))
+    assert figures.imbalance <= before.imbalance
+    dearest, dearest_before = (
+        max(PACKED.cost(lengths, run, COST) for runs in each for run in runs)
+        for each in (dealt, in_order)
+    )
+    assert dearest <= dearest_before
+
+
+def test_packed_micro_batches_cost_nearly_the_same() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1025, 256).tolist()
+    for limit in (Limit(rows=8), Limit(tokens=8192)):
+        dealt = deal(lengths, 2, limit, COST, PACKED)
+        costs = [PACKED.cost(lengths, run, COST) for runs in dealt for run in runs]
+        assert max(costs) / statistics.mean(costs) < 1.01
+        assert measure(lengths, dealt, COST, PACKED).imbalance < 1.001
 
 
 def test_samples_of_like_length_share_a_micro_batch() -> None:
@@ -200,19 +313,21 @@ def test_the_dearest_run_in_the_middle(costs: list[int]) -> None:
         assert sorted((run[0], run[-1])) == sorted(costs)[:2]
 
 
+@both_layouts
 @pytest.mark.parametrize(
     ("lengths", "replicas", "limit", "named"),
     [
         ([1] * 6, 4, Limit(rows=1), "6 samples"),
         ([1] * 6, 2, Limit(rows=2), "6 samples"),
-        ([3, 9], 1, Limit(tokens=8), "sample 1 has 9 tokens"),
+        ([1] * 6, 4, Limit(tokens=9), "6 samples"),
+        ([3, 9, 1], 1, Limit(tokens=8), "sample 1 has 9 tokens, more than a micro-batch's 8"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused(
-    lengths: list[int], replicas: int, limit: Limit, named: str
+    lengths: list[int], replicas: int, limit: Limit, named: str, layout: Layout
 ) -> None:
     with pytest.raises(ValueError, match=named):
-        deal(lengths, replicas, limit, COST)
+        deal(lengths, replicas, limit, COST, layout)
 
 
 @pytest.mark.parametrize("fields", [{}, {"rows": 1, "tokens": 1}, {"rows": 0}, {"tokens": -1}])
@@ -222,9 +337,19 @@ def test_a_limit_is_one_of_two_numbers(fields: dict[str, int]) -> None:
 
 
 def test_figures_are_those_of_a_sum_by_hand() -> None:
-    figures = measure([4, 2, 3, 1], [[[0, 1]], [[2, 3]]], SequenceCost(1.0, 0.0))
-    assert (figures.tokens, figures.computed) == (10, 8 + 6)
-    assert figures.imbalance == pytest.approx(8 / 7)
+    lengths, dealt = [4, 2, 3, 1, 5, 5], [[[0, 1], [4]], [[2, 3], [5]]]
+    figures = measure(lengths, dealt, SequenceCost(1.0, 0.0))
+    assert (figures.tokens, figures.computed, figures.micro_batches) == (20, 13 + 11, 2)
+    assert figures.imbalance == pytest.approx(13 / 12)
+    figures = measure(lengths, dealt, SequenceCost(1.0, 0.0), PACKED)
+    assert (figures.tokens, figures.computed, figures.micro_batches) == (20, 20, 2)
+    assert figures.imbalance == pytest.approx(11 / 10)
+
+
+def test_attention_of_a_packed_micro_batch_is_that_of_each_sequence() -> None:
+    cost = SequenceCost(0.0, 1.0)
+    assert PADDED.cost([4, 2, 7], [0, 1], cost) == 4**2 + 4**2
+    assert PACKED.cost([4, 2, 7], [0, 1], cost) == 4**2 + 2**2
 
 
 def test_cost_is_that_of_the_matrices_and_of_attention() -> None:

@@ -1,8 +1,7 @@
-"""The rollout batch in training's layout, against loops over single samples."""
+"""The rollout batch with its advantages, against loops over single samples."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from dataclasses import replace
@@ -14,60 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_rlhfuse.inference.scored import ScoredSample
-from megatron_rlhfuse.rlhf.losses import AGGREGATIONS, aggregation_weights
-from megatron_rlhfuse.rollout.samples import Sample
 from megatron_rlhfuse.training.experience import (
     AdvantageOptions,
-    Experience,
     build_experience,
     mini_batches,
 )
+from tests.unit.scored_samples import OPTIONS, lengths, scored_samples, seeds
 
 KL = 0.3
-PAD = 7
-OPTIONS = AdvantageOptions(
-    estimator="gae",
-    gamma=0.9,
-    lam=0.8,
-    whiten=False,
-    normalize_std=True,
-    kl_estimator="k1",
-    kl_in_reward=True,
-    reward_clip=None,
-    missing_eos_penalty=0.0,
-    samples_per_prompt=1,
-)
-lengths = st.lists(st.integers(1, 6), min_size=2, max_size=6)
-seeds = st.integers(0, 2**31)
-
-
-def scored_samples(response_lengths: list[int], seed: int) -> list[ScoredSample]:
-    """A rollout batch with every field set, in the order of sample ids."""
-    draw = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for sample_id, length in enumerate(response_lengths):
-        numbers = torch.randn(4, length, generator=generator)
-        result.append(
-            ScoredSample(
-                sample=Sample(
-                    sample_id=sample_id,
-                    prompt=tuple(draw.choices(range(50), k=draw.randint(1, 4))),
-                    response=tuple(draw.choices(range(50), k=length)),
-                    log_probs=tuple(numbers[0].tolist()),
-                    stop_reason=draw.choice(["stop", "length"]),
-                    weight_version=0,
-                    instance=0,
-                    started=0.0,
-                    finished=1.0,
-                ),
-                log_probs=numbers[1],
-                reference_log_probs=numbers[2],
-                values=numbers[3],
-                score=draw.uniform(-3, 3),
-            )
-        )
-    return result
 
 
 def score_of(item: ScoredSample, options: AdvantageOptions) -> float:
@@ -128,7 +81,7 @@ def test_gae_of_every_token_equals_a_loop(
     options = replace(
         OPTIONS, kl_in_reward=kl_in_reward, reward_clip=reward_clip, missing_eos_penalty=penalty
     )
-    experience = build_experience(scored, options, KL, PAD)
+    experience = build_experience(scored, options, KL)
     check_rows(experience.rewards, [rewards_of(item, options) for item in scored])
     advantages = [gae_of(item, options) for item in scored]
     check_rows(experience.advantages, advantages)
@@ -145,13 +98,13 @@ def test_gae_of_every_token_equals_a_loop(
 @given(lengths, seeds)
 def test_every_row_is_its_own_sample(response_lengths: list[int], seed: int) -> None:
     scored = scored_samples(response_lengths, seed)
-    experience = build_experience(scored, OPTIONS, KL, PAD)
-    batch = experience.batch
-    for row, item in enumerate(scored):
-        sample = item.sample
-        content = [*sample.prompt, *sample.response]
-        assert batch.tokens[row, : len(content)].tolist() == content
-        assert set(batch.tokens[row, len(content) :].tolist()) <= {PAD}
+    experience = build_experience(scored, OPTIONS, KL)
+    sequences = experience.sequences
+    rows = sequences.tokens.split(sequences.lengths.tolist())
+    for row, item in zip(rows, scored, strict=True):
+        assert row.tolist() == [*item.sample.prompt, *item.sample.response]
+    assert sequences.prompt_lengths.tolist() == [len(item.sample.prompt) for item in scored]
+    assert sequences.response_lengths.tolist() == response_lengths
     check_rows(experience.rollout_log_probs, [list(item.sample.log_probs) for item in scored])
     check_rows(experience.old_log_probs, [item.log_probs.tolist() for item in scored])
     assert experience.reference_log_probs is not None and experience.old_values is not None
@@ -171,7 +124,7 @@ def test_groups_are_the_samples_of_one_prompt(estimator: str, per_prompt: int) -
     options = replace(
         OPTIONS, estimator=estimator, kl_in_reward=False, samples_per_prompt=per_prompt
     )
-    experience = build_experience(scored, options, KL, PAD)
+    experience = build_experience(scored, options, KL)
     assert experience.returns is None
     for prompt in range(prompts):
         members = scored[prompt * per_prompt : (prompt + 1) * per_prompt]
@@ -200,7 +153,7 @@ def test_grpo_without_the_standard_deviation_only_centres() -> None:
         samples_per_prompt=2,
         normalize_std=False,
     )
-    advantages = build_experience(scored, options, KL, PAD).advantages
+    advantages = build_experience(scored, options, KL).advantages
     half = (scored[0].score - scored[1].score) / 2
     torch.testing.assert_close(advantages[:, 0], torch.tensor([half, -half]))
 
@@ -209,8 +162,8 @@ def test_grpo_without_the_standard_deviation_only_centres() -> None:
 @given(lengths, seeds)
 def test_whitening_is_over_all_response_tokens(response_lengths: list[int], seed: int) -> None:
     scored = scored_samples([n + 1 for n in response_lengths], seed)
-    plain = build_experience(scored, OPTIONS, KL, PAD)
-    white = build_experience(scored, replace(OPTIONS, whiten=True), KL, PAD)
+    plain = build_experience(scored, OPTIONS, KL)
+    white = build_experience(scored, replace(OPTIONS, whiten=True), KL)
     tokens = plain.advantages[plain.mask.bool()].double()
     expected = (tokens - tokens.mean()) / tokens.std(correction=0)
     torch.testing.assert_close(
@@ -224,8 +177,8 @@ def test_whitening_is_over_all_response_tokens(response_lengths: list[int], seed
 def test_group_estimators_are_never_whitened(estimator: str) -> None:
     scored = scored_samples([2, 3, 1, 2], 0)
     plain = replace(OPTIONS, estimator=estimator, kl_in_reward=False, samples_per_prompt=2)
-    one = build_experience(scored, plain, KL, PAD).advantages
-    other = build_experience(scored, replace(plain, whiten=True), KL, PAD).advantages
+    one = build_experience(scored, plain, KL).advantages
+    other = build_experience(scored, replace(plain, whiten=True), KL).advantages
     assert torch.equal(one, other)
 
 
@@ -234,47 +187,9 @@ def test_models_that_a_job_lacks_leave_no_tensors() -> None:
         replace(item, reference_log_probs=None, values=None) for item in scored_samples([2, 3], 1)
     ]
     options = replace(OPTIONS, estimator="reinforce++", kl_in_reward=False)
-    experience = build_experience(scored, options, KL, PAD)
+    experience = build_experience(scored, options, KL)
     assert experience.reference_log_probs is None and experience.old_values is None
     assert experience.returns is None
-    assert experience.select(torch.tensor([1])).reference_log_probs is None
-
-
-@settings(deadline=None, max_examples=30)
-@given(lengths, seeds, st.data())
-def test_select_is_the_rows_cut_to_their_longest(
-    response_lengths: list[int], seed: int, data: st.DataObject
-) -> None:
-    experience = build_experience(scored_samples(response_lengths, seed), OPTIONS, KL, PAD)
-    weights = aggregation_weights(experience.mask, "token-mean")
-    experience = replace(experience, weights=weights)
-    rows = data.draw(
-        st.lists(st.integers(0, len(response_lengths) - 1), min_size=1, max_size=4, unique=True)
-    )
-    part = experience.select(torch.tensor(rows))
-    width = max(response_lengths[row] for row in rows)
-    for field in dataclasses.fields(Experience):
-        if field.name in ("batch", "scores"):
-            continue
-        whole, selected = getattr(experience, field.name), getattr(part, field.name)
-        assert selected.shape == (len(rows), width), field.name
-        assert torch.equal(selected, whole[rows, :width]), field.name
-        assert not whole[rows, width:].any(), field.name  # nothing of weight was cut off
-    assert torch.equal(part.scores, experience.scores[rows])
-    assert torch.equal(part.batch.tokens, experience.batch.select(torch.tensor(rows)).tokens)
-
-
-@settings(deadline=None, max_examples=30)
-@given(lengths, seeds, st.sampled_from(AGGREGATIONS), st.integers(1, 3))
-def test_weights_of_all_micro_batches_sum_to_one(
-    response_lengths: list[int], seed: int, kind: str, micro: int
-) -> None:
-    experience = build_experience(scored_samples(response_lengths, seed), OPTIONS, KL, PAD)
-    whole = replace(experience, weights=aggregation_weights(experience.mask, kind))
-    order = torch.randperm(len(response_lengths), generator=torch.Generator().manual_seed(seed))
-    parts = [whole.select(rows) for rows in order.split(micro)]
-    total = sum(float(part.weights.double().sum()) for part in parts)  # type: ignore[union-attr]
-    assert math.isclose(total, 1.0, rel_tol=1e-5)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
@@ -312,4 +227,21 @@ def test_a_sample_without_response_is_refused() -> None:
         values=torch.zeros(0),
     )
     with pytest.raises(ValueError, match=r"samples \[1\] hold no response token"):
-        build_experience(empty, OPTIONS, KL, PAD)
+        build_experience(empty, OPTIONS, KL)
+
+
+@pytest.mark.parametrize("name", ["log_probs", "reference_log_probs", "values"])
+@pytest.mark.parametrize("length", [2, 4])
+def test_a_response_with_values_of_another_length_is_refused(name: str, length: int) -> None:
+    scored = scored_samples([2, 3, 1], 0)
+    scored[1] = replace(scored[1], **{name: torch.zeros(length)})
+    with pytest.raises(ValueError, match=rf"samples\[1\]\.{name}: want 3 values, got {length}"):
+        build_experience(scored, OPTIONS, KL)
+
+
+@pytest.mark.parametrize("name", ["reference_log_probs", "values"])
+def test_a_model_scores_all_samples_or_none(name: str) -> None:
+    scored = scored_samples([2, 2, 2], 0)
+    scored[1] = replace(scored[1], **{name: None})
+    with pytest.raises(ValueError, match=rf"samples\[1\]\.{name}: want 2 values, got none"):
+        build_experience(scored, OPTIONS, KL)

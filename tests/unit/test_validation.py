@@ -26,13 +26,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 GROUPS = ("rlhfuse", "rlhfuse models", "rollout", "critic", "ppo")
 
+TOKENS = "--micro-batch-size - --micro-batch-tokens"
+"""In the place of samples."""
+
 # What is given, and what the refusal must say: the flag at fault, and the remedy.
 REFUSED: list[tuple[str, str, str]] = [
     ("--actor-model -", "--actor-model is missing", "Hugging Face folder"),
     ("--prompt-data -", "--prompt-data is missing", "JSON-lines"),
     ("--rollout-batch-size -", "--rollout-batch-size is missing", "samples of an iteration"),
     ("--global-batch-size -", "--global-batch-size is missing", "one optimizer step"),
-    ("--micro-batch-size -", "--micro-batch-size is missing", "one forward pass"),
+    (
+        "--micro-batch-size -",
+        "--micro-batch-size or --micro-batch-tokens is missing",
+        "one forward pass",
+    ),
     ("--train-iters -", "--train-iters is missing", "PPO iterations"),
     ("--lr -", "--lr is missing", "learning rate"),
     ("--reward-model -", "--reward-model or --reward-function is missing", "give one, or both"),
@@ -42,6 +49,13 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--seed 0", "--seed 0", "at least 1"),
     ("--rollout-instances 0", "--rollout-instances 0", "at least 1"),
     ("--critic-micro-batch-size 0", "--critic-micro-batch-size 0", "at least 1"),
+    (f"{TOKENS} 0", "--micro-batch-tokens 0", "at least 1"),
+    (f"{TOKENS} -128", "--micro-batch-tokens -128", "at least 1"),
+    (
+        f"{TOKENS} 256 --critic-micro-batch-tokens 0",
+        "--critic-micro-batch-tokens 0",
+        "at least 1",
+    ),
     ("--pipeline-model-parallel-size 0", "--pipeline-model-parallel-size 0", "at least 1"),
     ("--save {}/c --save-interval 0", "--save-interval 0", "at least 1"),
     ("--rlhfuse-stage-timeout 0", "--rlhfuse-stage-timeout 0.0", "more than 0 seconds"),
@@ -85,6 +99,48 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--ppo-kl-coef 0 --ppo-kl-target 1", "--ppo-kl-target", "a start value"),
     ("--ppo-kl-coef 0 --reference-model {}/actor", "--reference-model", "leave it out"),
     ("--ppo-kl-target 1 --ppo-kl-horizon 3", "--ppo-kl-horizon 3", "above a fifth"),
+    # tokens of a micro-batch
+    (
+        "--micro-batch-tokens 256",
+        "--micro-batch-size and --micro-batch-tokens: give one",
+        "so many samples or so many tokens",
+    ),
+    (
+        f"{TOKENS} 256 --critic-micro-batch-size 2",
+        "--critic-micro-batch-size and --micro-batch-tokens: give one",
+        "so many samples or so many tokens",
+    ),
+    (
+        "--critic-micro-batch-tokens 256",
+        "--critic-micro-batch-tokens needs --micro-batch-tokens",
+        "both models count samples or both count tokens",
+    ),
+    (
+        f"{TOKENS} 256 --rlhfuse-dispatch in-order",
+        "--rlhfuse-dispatch in-order needs --micro-batch-size",
+        "equally many micro-batches",
+    ),
+    (
+        f"{TOKENS} 256 --rlhfuse-fusion intra --rlhfuse-plan p.json",
+        "--rlhfuse-plan needs --micro-batch-size",
+        "a plan is of one number",
+    ),
+    (
+        f"{TOKENS} 256 --critic-micro-batch-tokens 256 --advantage-estimator reinforce++",
+        "--critic-micro-batch-tokens has no effect",
+        "leave it out",
+    ),
+    (
+        f"{TOKENS} 127",
+        "--micro-batch-tokens 127 is below --rollout-max-prompt-tokens + --rollout-max-new-tokens "
+        "= 128",
+        "at least one sample",
+    ),
+    (
+        f"{TOKENS} 256 --critic-micro-batch-tokens 127",
+        "--critic-micro-batch-tokens 127 is below",
+        "at least one sample",
+    ),
     # fusion
     (
         "--rlhfuse-fusion intra --advantage-estimator grpo --rollout-samples-per-prompt 4",
@@ -237,6 +293,18 @@ REFUSED_WIDE: list[tuple[int, str, str, str]] = [
         "change one",
     ),
     (
+        3,
+        f"{TOKENS} 256",
+        "--global-batch-size 8 is no multiple of 3 data-parallel replicas",
+        "change one",
+    ),
+    (
+        6,
+        f"{TOKENS} 256 --pipeline-model-parallel-size 3 --critic-pipeline-model-parallel-size 1",
+        "--global-batch-size 8 is no multiple of 6 critic data-parallel replicas",
+        "change one",
+    ),
+    (
         4,
         "--rlhfuse-fusion intra --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
         "--critic-tensor-model-parallel-size 1 --critic-pipeline-model-parallel-size 4",
@@ -287,6 +355,11 @@ def test_refusal_of_layouts(parse: Parse, world: int, flags: str, fault: str, re
             "--pipeline-model-parallel-size 2 --critic-tensor-model-parallel-size 1 "
             "--rlhfuse-plan-seconds 0 --rlhfuse-activation-memory-gib .5",
         ),
+        (8, f"{TOKENS} 128 --critic-micro-batch-tokens 1000"),  # a sample a replica
+        (1, f"{TOKENS} 256 --advantage-estimator reinforce++"),
+        (4, f"{TOKENS} 256 --rlhfuse-fusion intra --pipeline-model-parallel-size 2"),
+        (1, "--rlhfuse-pack-sequences --rlhfuse-dispatch in-order"),
+        (1, f"--rlhfuse-pack-sequences {TOKENS} 256"),
         (1, "--critic-model {}/actor"),  # a critic may start from a language model
         (1, "--reference-model {}/actor --ppo-kl-target 1 --ppo-kl-horizon 100"),
         (1, "--bf16 --overlap-grad-reduce --recompute-activations"),
@@ -319,6 +392,28 @@ def test_critic_and_inference_follow_the_actor(parse: Parse) -> None:
     assert args.rlhfuse_inference_tensor_parallel_size == 2
     assert args.rlhfuse_inference_pipeline_parallel_size == 1
     assert args.ppo_clip_high == 0.3
+
+
+def test_the_critic_counts_samples_or_tokens_as_the_actor_does(parse: Parse) -> None:
+    samples = parse()
+    assert (samples.micro_batch_tokens, samples.critic_micro_batch_tokens) == (None, None)
+    assert (samples.micro_batch_size, samples.critic_micro_batch_size) == (2, 2)
+    tokens = parse(f"{TOKENS} 256")
+    assert (tokens.micro_batch_tokens, tokens.critic_micro_batch_tokens) == (256, 256)
+    apart = parse(f"{TOKENS} 256 --critic-micro-batch-tokens 512")
+    assert (apart.micro_batch_tokens, apart.critic_micro_batch_tokens) == (256, 512)
+
+
+def test_megatron_is_told_of_a_sample_where_tokens_are_counted(parse: Parse) -> None:
+    """Its own checks want that number, and want it to divide the global batch."""
+    args = parse(f"{TOKENS} 256", world=8)
+    assert (args.micro_batch_size, args.critic_micro_batch_size) == (1, 1)
+
+
+def test_sequences_are_packed_where_that_is_asked_for(parse: Parse) -> None:
+    assert parse().rlhfuse_pack_sequences is False
+    assert parse("--rlhfuse-pack-sequences").rlhfuse_pack_sequences is True
+    assert parse("--no-rlhfuse-pack-sequences").rlhfuse_pack_sequences is False
 
 
 def test_what_is_given_is_kept(parse: Parse) -> None:
