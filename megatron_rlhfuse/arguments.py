@@ -54,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         args.tensorboard_dir, args.wandb_project = None, ""
         set_global_variables(args, build_tokenizer=False)
         vars(args).update(writers)
+        if args.micro_batch_tokens is not None:
+            args.micro_batch_size = None
     return args
 
 

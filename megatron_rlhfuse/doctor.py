@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -111,12 +112,17 @@ def check_packing_on_gpus() -> Check:
     try:
         compiled = importlib.import_module("megatron_rlhfuse._packing_cuda")
     except ModuleNotFoundError:
-        found = "not built: no nvcc, or it failed"
+        found = "not built: no nvcc, RLHFUSE_CUDA=0, or it failed"
     except ImportError as error:
         found = f"does not load: {error}"
     else:
-        return Check(subject, f"compiled for {', '.join(compiled.architectures())}", "ok")
-    if _drives_gpus():
+        built = compiled.architectures()
+        found = f"compiled for {', '.join(built)}"
+        foreign = [each for each in _capabilities() if not _serves(built, each)]
+        if not foreign:
+            return Check(subject, found, "ok")
+        found += f", not for sm_{foreign[0][0]}{foreign[0][1]}"
+    if _capabilities():
         build = "RLHFUSE_CUDA=1 python setup.py build_ext --inplace"
         return Check(subject, found, "BAD", f"with nvcc on PATH, run {build}")
     return Check(subject, found, "note", "a machine with GPUs needs it")
@@ -162,12 +168,27 @@ def check_plugin() -> Check:
     return Check(subject, f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}", "BAD", f"{INSTALL}")
 
 
-def _drives_gpus() -> bool:
+def _capabilities() -> list[tuple[int, int]]:
+    """Of the GPUs that torch drives: major and minor number."""
     if not _exists("torch"):
-        return False
+        return []
+    import torch
+
     from megatron_rlhfuse import platform
 
-    return platform.has_cuda()
+    if not platform.has_cuda():
+        return []
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+
+def _serves(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Code runs on GPUs of its major number, from its minor one on; the newest one's is there in a
+    form that later ones compile, too."""
+    numbers = [int(name.removeprefix("sm_")) for name in architectures]
+    major, minor = capability
+    return 10 * major + minor >= max(numbers) or any(
+        number // 10 == major and number % 10 <= minor for number in numbers
+    )
 
 
 def _exists(module: str) -> bool:

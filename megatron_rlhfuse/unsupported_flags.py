@@ -14,6 +14,7 @@ from megatron_rlhfuse.flag_error import FlagError
 _FROM_FOLDER = "the architecture comes from --actor-model; leave it out"
 _PROMPTS = "prompts come from --prompt-data"
 _EQUAL_STAGES = "all stages hold equally many layers"
+_OWN_ROLLOUT = "samples come from vLLM: see the --rollout-* flags"
 _RESUME = "--load resumes from the latest checkpoint, with the flags it was started with"
 
 # Flags of Megatron that must stay off, and what to do instead.
@@ -92,6 +93,15 @@ _UNSUPPORTED: dict[str, str] = {
     "--lr-warmup-samples": "use --lr-warmup-iters, in PPO iterations",
     "--lr-wsd-decay-samples": "use --lr-wsd-decay-iters, in PPO iterations",
     "--perform-rl-step": "this program is the RL step; see the --ppo-* flags",
+    "--rl-use-sequence-packing": "use --rlhfuse-pack-sequences",
+    "--rl-partial-rollouts": _OWN_ROLLOUT,
+    "--rl-generation-lag": _OWN_ROLLOUT,
+    "--rl-offload-optimizer-during-inference": _OWN_ROLLOUT,
+    "--rl-persist-cuda-graphs": _OWN_ROLLOUT,
+    "--rl-training-cuda-graphs": _OWN_ROLLOUT,
+    "--rl-inference-logprobs-is-correction": "use --ppo-tis-cap",
+    "--rl-importance-sampling-truncation-coef": "use --ppo-tis-cap",
+    "--rl-inference-tensor-model-parallel-size": "use --rollout-tensor-parallel-size",
     "--skip-train": "every iteration trains",
     "--exit-interval": "use --train-iters with --lr-decay-iters for the whole schedule",
     "--exit-signal-handler": "SIGTERM ends the job; resume it with --load",

@@ -317,7 +317,7 @@ def _complete_lengths(args: argparse.Namespace) -> None:
                 f"--rollout-max-new-tokens = {longest}: a micro-batch holds at least one sample"
             )
     if args.micro_batch_tokens is not None:
-        args.micro_batch_size = args.critic_micro_batch_size = 1  # Megatron's checks want one
+        args.micro_batch_size = 1  # Megatron's checks want one; parse_arguments takes it away
 
 
 def _apply_shapes(args: argparse.Namespace) -> argparse.Namespace:

@@ -3,7 +3,11 @@
 A field moves n segments: target[target_start : +length] = source[source_start : +length], and the
 rest of the target's room becomes the fill. Masks, positions and weights of samples are fields, too,
 so one pass writes all of a micro-batch. The work is C++ on the host and one CUDA kernel on a GPU
-(`csrc/packing/`).
+(`csrc/packing/`). Three samples into rows, with their mask:
+
+    segments = Segments.to_rows(starts, lengths, width)
+    tokens, mask = torch.empty(3, width, dtype=torch.int64), torch.empty(3, width)
+    move([Field(segments, tokens, source=flat), Field(segments, mask, each=torch.ones(3))])
 
 Invariants
 - every element of a room is written once, and no element outside the rooms;
@@ -45,6 +49,10 @@ class Segments:
                 )
             if not table.is_contiguous():
                 raise ValueError(f"{name}: want it contiguous")
+            if len(table) != len(self.lengths):
+                raise ValueError(
+                    f"{name}: has {len(table)} segments, lengths has {len(self.lengths)}"
+                )
 
     @classmethod
     def to_rows(
@@ -118,7 +126,8 @@ class Field:
 
 
 def move(fields: Sequence[Field]) -> None:
-    """One pass over all fields, which may share a target where their rooms do not overlap.
+    """One pass over all fields, which may share a target where their rooms do not overlap (which
+    is not looked at: what overlaps is of either).
 
     On CUDA it is one launch on torch's current stream, without a synchronization. No gradient
     flows through it.
@@ -208,7 +217,10 @@ def _fill_value(index: int, field: Field) -> Tensor:
 
 
 def _table(values: Sequence[int] | Tensor) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.int64).contiguous()
+    table = torch.as_tensor(values)
+    if len(table) and (table.dtype.is_floating_point or table.dim() != 1):
+        raise ValueError(f"want whole numbers [n], got {table.dtype} {list(table.shape)}")
+    return table.to(torch.int64).contiguous()
 
 
 def _starts(lengths: Tensor) -> Tensor:

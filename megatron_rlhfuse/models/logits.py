@@ -41,8 +41,8 @@ def token_statistics(
     """log softmax(logits / temperature) at the targets, and the entropy of that softmax.
 
     Both are differentiable in the logits, once: a backward puts the gradient in the place of the
-    logits, which are gone after it, and a second one raises. Without a backward they stay as they
-    are. Collective over `tp_group`.
+    logits, which are gone after it, so a second one is wrong (autograd refuses it, but not under
+    hooks on saved tensors). Without a backward they stay as they are. Collective over `tp_group`.
 
     Args:
         logits: [batch, sequence, padded vocabulary / tp], this rank's columns; a view will do, but

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """With the lengths in host memory, too: to ask a GPU for them would be to wait for it."""
+
+    lengths: tuple[int, ...] = ()
 
 
 class PackedAttention(DotProductAttention):
@@ -21,7 +30,7 @@ class PackedAttention(DotProductAttention):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         """query: [tokens, heads, width], key and value: [tokens, groups, width] where packed.
 
@@ -31,7 +40,7 @@ class PackedAttention(DotProductAttention):
             return super().forward(
                 query, key, value, attention_mask, attn_mask_type, attention_bias
             )
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        lengths = packed_seq_params.lengths
         parts = (each.split(lengths) for each in (query, key, value))
         return torch.cat([self._of_sequence(*of_one) for of_one in zip(*parts, strict=True)])
 

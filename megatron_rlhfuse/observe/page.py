@@ -25,6 +25,8 @@ KEY_SETTINGS = frozenset(
         "train_iters",
         "global_batch_size",
         "micro_batch_size",
+        "micro_batch_tokens",
+        "rlhfuse_pack_sequences",
         "lr",
         "seed",
         "bf16",

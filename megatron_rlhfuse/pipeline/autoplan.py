@@ -9,7 +9,8 @@
 
 Where a plan is not shorter than back-to-back 1F1B, that is run instead, if it fits the memory; also
 where no plan fits it. The first step, whose memory nobody knows yet, runs it in any case.
-A plan that was given is run from the first step, one that is found on disk from the second.
+A plan that was given is run from the first step, one that is found on disk from the second. Where
+other numbers of micro-batches have shown what these stages cost, point 1 is left out.
 
 Every rank goes through the same states in the same steps: all that a decision depends on was
 gathered or broadcast before. Which plan runs never changes what is computed.
@@ -122,7 +123,7 @@ class AutoPlan:
         """1f1b, greedy, search, cache or file."""
         self.is_measured = False
         """Whether the times of `timeline` are measured ones."""
-        self._begun = self._settled = False
+        self._begun = self._settled = self._is_metered = False
         self._cached_order: Order | None = None
         self._planned_with = 0
         """How many measured steps the plan knows of."""
@@ -150,7 +151,7 @@ class AutoPlan:
     @property
     def measures_memory(self) -> bool:
         """Whether the coming step is to be metered."""
-        return self.profiling and not self._steps
+        return self.profiling and not self._is_metered
 
     def program(self, device: int, forward: bool) -> Program:
         """What a device runs; `forward`: its forwards alone."""
@@ -180,6 +181,7 @@ class AutoPlan:
         """Takes down what a step has cost on this rank, if it was timed."""
         if costs is not None and self.profiling:
             self._steps.append(costs)
+            self._is_metered = True
 
     def close(self) -> None:
         """Ends a search that is still going on."""

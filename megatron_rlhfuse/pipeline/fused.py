@@ -161,7 +161,7 @@ class FusedPipeline:
             )
             costs = None
             if plan.profiling:
-                activations = [stage.activation for stage in self.stages]
+                activations = [stage.planned_activation for stage in self.stages]
                 costs = step_costs(spans, len(self.stages), activations)
             plan.after_step(costs)
         return [stage.collected for stage in self.stages]
@@ -181,6 +181,7 @@ class FusedPipeline:
         ]
         return self._plans.plan(
             tuple(step.micro_batches for step in steps),
+            tuple(max(step.tokens, step.most_tokens or 0) for step in steps),
             lambda: self._key(steps),
             lambda: self._measure_transfer(sizes),
         )

@@ -33,7 +33,7 @@ Costs = tuple[StageCost, ...]
 UNKNOWN = StageCost(1.0, 2.0, 0.0)
 
 
-def step_costs(spans: Sequence[Span], models: int, activations: Sequence[int]) -> Costs:
+def step_costs(spans: Sequence[Span], models: int, activations: Sequence[float]) -> Costs:
     """The costs that one step showed on this rank; all models ran forward and backward."""
 
     def mean(model: int, op: Op) -> float:

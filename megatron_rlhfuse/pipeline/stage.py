@@ -29,6 +29,7 @@ class StepInput:
     """What a model does in one step; the fields are those of Megatron's `forward_backward_func`.
 
     sequence_lengths, batch_sizes: of every micro-batch, [micro_batches]
+    most_tokens: that a micro-batch may have in any step; None where nobody knows
     """
 
     forward_step_func: Callable[..., Any]
@@ -38,10 +39,17 @@ class StepInput:
     collect_non_loss_data: bool = False
     first_val_step: bool | None = None
     force_all_reduce: bool = False
+    most_tokens: int | None = None
 
     @property
     def micro_batches(self) -> int:
         return len(self.sequence_lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch."""
+        sizes = zip(self.sequence_lengths, self.batch_sizes, strict=True)
+        return max(length * rows for length, rows in sizes)
 
 
 class Stage:
@@ -61,6 +69,12 @@ class Stage:
         self.is_last = self.number == pipeline.size() - 1
         self.activation = 0
         """Most bytes that a micro-batch held from its forward on, in the last metered step."""
+        self._headroom = 1.0
+
+    @property
+    def planned_activation(self) -> float:
+        """What a micro-batch as large as any may hold; activations grow with their tokens."""
+        return self.activation * self._headroom
 
     def message_shapes(self, step: StepInput) -> list[torch.Size]:
         """Shape of what is sent to the next stage for every micro-batch."""
@@ -81,6 +95,7 @@ class Stage:
         self._meter: Any = meter or contextlib.nullcontext()
         if meter is not None:
             self.activation = 0
+            self._headroom = max(1.0, (step.most_tokens or 0) / step.tokens)
         self._shapes = self.message_shapes(step)
         self._inputs: dict[int, Tensor | None] = {}
         self._outputs: dict[int, Tensor] = {}

@@ -84,7 +84,7 @@ class RaggedTokens:
             first=_moved(segments.target_starts + prompts - 1, device),
             last=_moved(ends - 1, device),
             ends=_moved(ends.to(torch.int32), device) if packed else None,
-            longest=longest,
+            lengths=tuple(lengths.tolist()),
             longest_response=int(responses.max()),
         )
         return batch, [Field(segments, tokens, self.tokens), Field(segments, positions)]
@@ -105,6 +105,7 @@ class TokenBatch:
         first, last: [batch] int64, positions in the flattened layout that predict the first token
             of the response, and that hold the last one
         ends: [batch] int32, where each sequence ends, if packed
+        lengths: of each sequence
     """
 
     tokens: Tensor
@@ -112,13 +113,18 @@ class TokenBatch:
     first: Tensor
     last: Tensor
     ends: Tensor | None
-    longest: int
+    lengths: tuple[int, ...]
     longest_response: int
 
     @property
     def size(self) -> int:
         """Number of sequences."""
-        return len(self.first)
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on another device."""
@@ -128,7 +134,7 @@ class TokenBatch:
             first=_moved(self.first, device),
             last=_moved(self.last, device),
             ends=None if self.ends is None else _moved(self.ends, device),
-            longest=self.longest,
+            lengths=self.lengths,
             longest_response=self.longest_response,
         )
 
@@ -153,15 +159,16 @@ class TokenBatch:
         """What attention has to know of a packed batch; None of a padded one."""
         if self.ends is None:
             return None
-        from megatron.core.packed_seq_params import PackedSeqParams
+        from megatron_rlhfuse.models.packed_attention import PackedSequences
 
         starts_and_end = torch.nn.functional.pad(self.ends, (1, 0))
-        return PackedSeqParams(
+        return PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=starts_and_end,
             cu_seqlens_kv=starts_and_end,
             max_seqlen_q=self.longest,
             max_seqlen_kv=self.longest,
+            lengths=self.lengths,
         )
 
 

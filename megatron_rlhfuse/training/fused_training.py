@@ -40,11 +40,13 @@ class ModelStep:
     """What one model does in a fused step.
 
     metrics: names of what its loss function reports
+    most_tokens: that a micro-batch may have, if there is a limit
     """
 
     forward_step: ForwardStep
     micro_batches: Sequence[MicroBatch]
     metrics: Sequence[str]
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def _input(step: ModelStep) -> StepInput:
         data_iterator=iter(step.micro_batches),
         sequence_lengths=tuple(part.shape[1] for part in tokens),
         batch_sizes=tuple(part.shape[0] for part in tokens),
+        most_tokens=step.most_tokens,
     )
 
 

@@ -121,14 +121,20 @@ class PPO:
         micro_batches = self._dispatchers[actor.name].micro_batches(mini_batch)
         scale = LossScale(len(micro_batches), actor.replicas)
         return ModelStep(
-            policy_step(self._head, options, scale), micro_batches, policy_metrics(options)
+            policy_step(self._head, options, scale),
+            micro_batches,
+            policy_metrics(options),
+            actor.args.micro_batch_tokens,
         )
 
     def _critic_step(self, critic: TrainedModel, mini_batch: MiniBatch) -> ModelStep:
         micro_batches = self._dispatchers[critic.name].micro_batches(mini_batch)
         scale = LossScale(len(micro_batches), critic.replicas)
         return ModelStep(
-            value_step(self._value_clip, scale), micro_batches, value_metrics(self._value_clip)
+            value_step(self._value_clip, scale),
+            micro_batches,
+            value_metrics(self._value_clip),
+            critic.args.micro_batch_tokens,
         )
 
 

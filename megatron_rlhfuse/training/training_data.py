@@ -90,7 +90,7 @@ class TrainingData:
             [
                 *parts,
                 Field(segments, mask, each=torch.ones(len(rows), device=device)),
-                Field(segments, of_tokens, each=weights.to(device)),
+                Field(segments, of_tokens, each=weights.to(device, non_blocking=True)),
                 *(Field(segments, laid_out[name], self.per_token[name]) for name in laid_out),
             ]
         )

@@ -183,15 +183,15 @@ def _disagreements(job: Job) -> dict[str, Callable[[], Any]]:
 
 
 def _steps_of_different_counts(job: Job) -> dict[str, Any]:
-    """The numbers of micro-batches that each step's plan is for, and where it came from."""
+    """The numbers of micro-batches that each step's plan is for; whether it knew what they cost."""
     job.pipeline = job.make_pipeline(profile_steps=5)
-    found: dict[str, Any] = {"micro_batches": [], "sources": []}
+    found: dict[str, Any] = {"micro_batches": [], "measured": []}
     for counts in (COUNTS, (2, 5), COUNTS):
         job.pipeline.run(job.steps(counts=counts))
         step = job.pipeline.last_step
         assert step is not None
         found["micro_batches"].append([m.micro_batches for m in step.timeline.problem.models])
-        found["sources"].append(step.source)
+        found["measured"].append(step.is_measured)
     return found
 
 

@@ -48,10 +48,13 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], dict[str, object]]] = {
         (1, 2),
         {"micro_batch_tokens": 30, "critic_micro_batch_tokens": 44},
     ),
-    "DP2 PP2, packed tokens": (
-        (1, 2),
+    "TP2 DP2, packed tokens, recomputed activations": (
+        (2, 1),
         (1, 1),
         {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
             "micro_batch_tokens": 30,
             "critic_micro_batch_tokens": 44,
             "rlhfuse_pack_sequences": True,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rlhfuse import doctor, platform, versions
+from megatron_rlhfuse import doctor, versions
 from megatron_rlhfuse.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,12 +148,20 @@ def test_doctor_knows_an_old_python_and_little_shared_memory(tmp_path: Path) -> 
     assert doctor.check_shared_memory(tmp_path / "none").verdict == "note"
 
 
+def test_doctor_knows_which_gpus_a_build_serves() -> None:
+    built = ["sm_80", "sm_90", "sm_100"]
+    served = [c for c in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
+              if doctor._serves(built, c)]  # fmt: skip
+    assert served == [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    assert not doctor._serves(["sm_86"], (8, 0))
+
+
 @pytest.mark.parametrize(("gpus", "verdict"), [(False, "note"), (True, "BAD")])
 def test_doctor_wants_packing_on_gpus_where_there_are_some(
     monkeypatch: pytest.MonkeyPatch, gpus: bool, verdict: str
 ) -> None:
     module = "megatron_rlhfuse._packing_cuda"
-    monkeypatch.setattr(platform, "has_cuda", lambda: gpus)
+    monkeypatch.setattr(doctor, "_capabilities", lambda: [(9, 0)] if gpus else [])
     monkeypatch.setitem(sys.modules, module, None)
     check = doctor.check_packing_on_gpus()
     assert (check.verdict, "not built" in check.found) == (verdict, True)
@@ -162,6 +170,10 @@ def test_doctor_wants_packing_on_gpus_where_there_are_some(
     monkeypatch.setitem(sys.modules, module, compiled)
     check = doctor.check_packing_on_gpus()
     assert (check.verdict, check.found) == ("ok", "compiled for sm_80, sm_90")
+    compiled.architectures = lambda: ["sm_100"]
+    check = doctor.check_packing_on_gpus()
+    assert check.verdict == ("BAD" if gpus else "ok")
+    assert ("not for sm_90" in check.found) == gpus
 
 
 def test_doctor_says_what_the_device_is() -> None:

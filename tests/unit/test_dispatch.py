@@ -20,6 +20,7 @@ from megatron_rlhfuse.dispatch.micro_batches import (
     Limit,
     deal,
     deal_in_order,
+    fused_order,
     measure,
     pipeline_order,
 )
@@ -293,6 +294,21 @@ def test_packed_micro_batches_cost_nearly_the_same() -> None:
         costs = [PACKED.cost(lengths, run, COST) for runs in dealt for run in runs]
         assert max(costs) / statistics.mean(costs) < 1.01
         assert measure(lengths, dealt, COST, PACKED).imbalance < 1.001
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+def test_beside_another_pipeline_costs_never_fall(costs: list[int]) -> None:
+    order = fused_order(costs, list(range(len(costs))))
+    assert sorted(order) == list(range(len(costs)))
+    assert [costs[i] for i in order] == sorted(costs)
+
+
+def test_what_runs_beside_it_decides_the_order() -> None:
+    lengths = [10, 20, 30, 40, 50]
+    (alone,) = deal(lengths, 1, Limit(rows=1), COST)
+    (beside,) = deal(lengths, 1, Limit(rows=1), COST, beside_another=True)
+    assert [lengths[run[0]] for run in alone] == [10, 30, 50, 40, 20]
+    assert [lengths[run[0]] for run in beside] == lengths
 
 
 def test_samples_of_like_length_share_a_micro_batch() -> None:

@@ -25,6 +25,7 @@ from tests.unit.one_rank_planning import (
 ONE, OTHER = (4, 4), (5, 3)
 QUICK = PlanOptions(search_seconds=0.1, profile_steps=2)
 ENDLESS = PlanOptions(search_seconds=600, profile_steps=2)
+TOKENS = (100, 100)
 UNTIL_SEARCH = 1 + QUICK.profile_steps
 """Steps that are timed; the next one begins with a search."""
 
@@ -54,9 +55,14 @@ def key() -> Mapping[str, Any]:
     return {"model": "small"}
 
 
-def step(book: PlanBook, counts: tuple[int, int], costs: Costs = COSTS) -> AutoPlan:
+def step(
+    book: PlanBook,
+    counts: tuple[int, int],
+    costs: Costs = COSTS,
+    tokens: tuple[int, int] = TOKENS,
+) -> AutoPlan:
     """A step; returns its plan."""
-    plan = book.plan(counts, key, lambda: 1e-4)
+    plan = book.plan(counts, tokens, key, lambda: 1e-4)
     assert plan.program(0, forward=False)
     assert tuple(model.micro_batches for model in plan.timeline.problem.models) == counts
     plan.after_step(costs if plan.profiling else None)
@@ -76,17 +82,17 @@ def searches() -> int:
 
 def test_the_first_pair_measures_before_it_plans(open_book: OpenBook) -> None:
     book = open_book(QUICK)
-    plan = book.plan(ONE, key, lambda: 1e-4)
+    plan = book.plan(ONE, TOKENS, key, lambda: 1e-4)
     assert (plan.source, plan.is_measured, plan.measures_memory) == ("1f1b", False, True)
 
 
 def test_another_pair_has_a_plan_of_its_own_from_its_first_step(open_book: OpenBook) -> None:
     book = open_book(QUICK)
     first = step(book, ONE)
-    plan = book.plan(OTHER, key, lambda: 1e-4)
+    plan = book.plan(OTHER, TOKENS, key, lambda: 1e-4)
     assert plan is not first
     assert (plan.source, plan.is_measured, plan.profiling) == ("greedy", True, True)
-    assert not plan.measures_memory
+    assert plan.measures_memory  # its own micro-batches may hold more
     problem = plan.timeline.problem
     assert [model.micro_batches for model in problem.models] == [5, 3]
     assert [model.forward for model in problem.models] == [(0.01,) * 4, (0.012,) * 4]
@@ -114,7 +120,7 @@ def test_a_pair_is_described_and_a_hop_is_timed_once(open_book: OpenBook) -> Non
 
     def taken(counts: tuple[int, int]) -> list[str]:
         calls.clear()
-        book.plan(counts, described, timed).after_step(COSTS)
+        book.plan(counts, TOKENS, described, timed).after_step(COSTS)
         return list(calls)
 
     assert taken(ONE) == ["key"]
@@ -141,6 +147,31 @@ def test_the_limit_of_memory_holds_from_the_first_step_of_another_pair(
     step(book, ONE)
     plan = step(book, OTHER)
     assert plan.is_measured and max(plan.timeline.peak_activation) <= limit
+
+
+def test_larger_micro_batches_of_another_pair_are_taken_to_hold_more(open_book: OpenBook) -> None:
+    limit = 6 * ACTIVATION
+    book = open_book(PlanOptions(search_seconds=0, memory_limit=limit))
+    step(book, ONE)
+    plan = step(book, OTHER, tokens=(150, 80))
+    models = plan.timeline.problem.models
+    assert [model.activation for model in models] == [(1.5 * ACTIVATION,) * 4, (ACTIVATION,) * 4]
+    assert max(plan.timeline.peak_activation) <= limit
+
+
+def test_a_pair_takes_over_what_its_own_micro_batches_hold(open_book: OpenBook) -> None:
+    book = open_book(PlanOptions(search_seconds=0, profile_steps=2))
+    step(book, ONE)
+    held = tuple(StageCost(0.01, 0.02, 3 * ACTIVATION) for _ in COSTS)
+    plan = book.plan(OTHER, TOKENS, key, lambda: 1e-4)
+    metered = []
+    for _ in range(3):
+        metered.append(plan.measures_memory)
+        plan.after_step(held if plan.profiling else None)
+        plan = book.plan(OTHER, TOKENS, key, lambda: 1e-4)
+    assert metered == [True, False, False]
+    problem = plan.timeline.problem
+    assert [model.activation for model in problem.models] == [(3 * ACTIVATION,) * 4] * 2
 
 
 def test_one_search_at_a_time(open_book: OpenBook) -> None:
