@@ -216,7 +216,6 @@ def test_a_target_that_the_pass_reads_is_refused() -> None:
         ("target_starts", (0, (1 << 63) - 1), r"target_starts\[1\]: .* beyond the target"),
         ("source_starts", (0, -1), r"source_starts\[1\]: -1 .* beyond the source"),
         ("source_starts", (0, (1 << 63) - 1), r"source_starts\[1\]: .* beyond the source"),
-        ("rooms", (4,), r"rooms: has 1 segments, lengths has 2"),
     ],
 )
 def test_a_table_at_fault_is_named(name: str, values: Sequence[int], message: str) -> None:
@@ -225,6 +224,18 @@ def test_a_table_at_fault_is_named(name: str, values: Sequence[int], message: st
     with pytest.raises(ValueError, match=r"fields\[0\]\.segments\." + message):
         move([Field(segments, target, source=TOKENS)])
     assert (target == 7).all(), "what is refused has not begun"
+
+
+def test_tables_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="rooms: has 1 segments, lengths has 2"):
+        Segments(**{**vars(ROWS), "rooms": table(4)})
+    with pytest.raises(ValueError, match="source_starts: has 2 segments, lengths has 3"):
+        Segments.to_rows([0, 3], [3, 5, 2], 6)
+
+
+def test_lengths_that_are_no_whole_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="want whole numbers"):
+        Segments.to_packed([0, 1], torch.tensor([1.5, 2.5]))
 
 
 def test_positions_beyond_the_dtype_are_refused() -> None:
