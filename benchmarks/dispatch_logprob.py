@@ -146,8 +146,7 @@ def _inputs() -> tuple[Tensor, Tensor]:
 def _forward_backward(way: Way, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> None:
     log_probs, entropy = way(logits, targets, group)
     (log_probs + entropy).sum().backward()
-    if platform.has_cuda():
-        torch.cuda.synchronize()
+    platform.synchronize()
 
 
 def _memory_ratio(way: Way, group: dist.ProcessGroup) -> float:

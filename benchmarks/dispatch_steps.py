@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from dispatch_logprob import one_rank_group
+from fused_models import VOCABULARY, gpt_model, seed
 
 from megatron_rlhfuse import compat, platform
 from megatron_rlhfuse.dispatch.cost import SequenceCost
@@ -28,7 +29,7 @@ from megatron_rlhfuse.training.heads import PolicyHead
 from megatron_rlhfuse.training.steps import forward
 
 BATCH, ROWS, LONGEST = 64, 4, 160
-HIDDEN, LAYERS, HEADS, VOCABULARY = 256, 4, 8, 512
+LAYERS, HEADS = 4, 8
 COST = SequenceCost(1.0, 1 / 8192)
 SIDES: dict[str, Layout] = {"in_order": PADDED, "dealt": PADDED, "packed": PACKED}
 
@@ -73,9 +74,9 @@ def steps(count: int) -> dict[str, Any]:
     }
 
 
-def draw_lengths(seed: int) -> list[int]:
+def draw_lengths(number: int) -> list[int]:
     """Of a mini-batch, as skewed as the toy model's: at least a prompt's and a response's token."""
-    drawn = np.random.default_rng(seed).lognormal(3.0, 1.0, BATCH)
+    drawn = np.random.default_rng(number).lognormal(3.0, 1.0, BATCH)
     return [int(each) for each in np.clip(np.rint(drawn), 2, LONGEST)]
 
 
@@ -86,40 +87,12 @@ def _runs(side: str, lengths: Sequence[int]) -> Runs:
 
 
 def _model() -> tuple[torch.nn.Module, PolicyHead]:
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
-
     from megatron_rlhfuse.models.packed_attention import PackedAttention
 
-    torch.manual_seed(0)
-    parallel_state._set_global_memory_buffer()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+    seed()
     groups = build_process_groups(Ranks.contiguous(1, 1, 1), "actor")
     assert groups is not None
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        normalization="RMSNorm",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=not platform.has_cuda(),
-        persist_layer_norm=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-    )
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=VOCABULARY,
-        max_sequence_length=LONGEST,
-        position_embedding_type="rope",
-        pg_collection=groups.pgc,
-    )
+    model = gpt_model(groups, LAYERS, HEADS, LONGEST, PackedAttention)
     return model.to(platform.device()), PolicyHead(VOCABULARY, 1.0, groups.pgc.tp)
 
 

@@ -1,4 +1,4 @@
-"""What fused_workers.py trains: stages that sleep, and small GPT models."""
+"""What benchmarks train: stages that sleep, and small GPT models of random weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_rlhfuse.pipeline.groups import ModelGroups
 from megatron_rlhfuse.pipeline.stage import StepInput
 
 HIDDEN = 256
+VOCABULARY = 2 * HIDDEN
 
 
 class Napping(torch.autograd.Function):
@@ -120,31 +121,52 @@ def gpt(groups: ModelGroups, micro_batches: int, length: int, layers: int) -> Tr
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+
+    model = gpt_model(groups, layers, heads=4, length=length)
+    config = model.config
+    wrapped = DistributedDataParallel(
+        config, DistributedDataParallelConfig(), model, pg_collection=groups.pgc
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    positions = torch.arange(length).unsqueeze(0)
+    tokens = torch.randint(0, VOCABULARY, (1, length))
+
+    def forward_step(iterator: Any, part: Any) -> Any:
+        return part(tokens, positions, None), lambda output: (output.square().mean(), {})
+
+    return Trained(wrapped, groups, micro_batches, length, forward_step)
+
+
+def gpt_model(
+    groups: ModelGroups, layers: int, heads: int, length: int, attention: type | None = None
+) -> Any:
+    """This rank's stage in Megatron's local layers; `attention` in the place of their own."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    config = _config(groups, layers, heads=4)
-    model = GPTModel(
+    config = _config(groups, layers, heads)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    if attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = attention
+    return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=config.normalization),
-        vocab_size=2 * HIDDEN,
+        transformer_layer_spec=spec,
+        vocab_size=VOCABULARY,
         max_sequence_length=length,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
         position_embedding_type="rope",
         pg_collection=groups.pgc,
     )
-    wrapped = DistributedDataParallel(
-        config, DistributedDataParallelConfig(), model, pg_collection=groups.pgc
-    )
-    config.finalize_model_grads_func = finalize_model_grads
-    positions = torch.arange(length).unsqueeze(0)
-    tokens = torch.randint(0, 2 * HIDDEN, (1, length))
 
-    def forward_step(iterator: Any, part: Any) -> Any:
-        return part(tokens, positions, None), lambda output: (output.square().mean(), {})
 
-    return Trained(wrapped, groups, micro_batches, length, forward_step)
+def seed() -> None:
+    """What Megatron's layers want of its global state, and torch's generator."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state._set_global_memory_buffer()
+    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+    torch.manual_seed(1)
 
 
 def _config(groups: ModelGroups, layers: int, heads: int) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fused_models import HIDDEN, Sleeper, Trained, gpt, sleep_step
+from fused_models import HIDDEN, Sleeper, Trained, gpt, seed, sleep_step
 
 from megatron_rlhfuse import compat, platform
 from megatron_rlhfuse.pipeline.devices import opposite_layout
@@ -296,7 +296,7 @@ def main() -> None:
     compat.apply()
     platform.set_up_rank(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(platform.backend(), timeout=timedelta(seconds=TIMEOUT_S))
-    _seed()
+    seed()
     gc.disable()
     calls = json.loads((folder / "calls.json").read_text())
     results = {name: globals()[name](**arguments) for name, arguments in calls.items()}
@@ -310,14 +310,6 @@ def _sleep_precisely() -> None:
     pr_set_timerslack = 29
     if ctypes.CDLL(None, use_errno=True).prctl(pr_set_timerslack, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_TIMERSLACK)")
-
-
-def _seed() -> None:
-    from megatron.core import parallel_state, tensor_parallel
-
-    parallel_state._set_global_memory_buffer()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
-    torch.manual_seed(1)
 
 
 if __name__ == "__main__":

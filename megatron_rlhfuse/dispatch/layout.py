@@ -1,4 +1,7 @@
-"""What samples cost that share a micro-batch: padded to its longest, or packed. PURE."""
+"""What samples cost that share a micro-batch, padded to its longest or packed. PURE.
+
+And what forming either kind takes: samples by falling length, numbers that replicas divide.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,13 @@ class Layout:
 
 PADDED = Layout(packed=False)
 PACKED = Layout(packed=True)
+
+
+def by_falling_length(lengths: Sequence[int]) -> list[int]:
+    """The samples, longest first."""
+    return sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
+
+
+def rounded_up(count: int, replicas: int) -> int:
+    """The least multiple of `replicas` that is no less than `count`."""
+    return -(-count // replicas) * replicas

@@ -63,8 +63,8 @@ def deal(
             f"{limit.tokens}"
         )
     if limit.rows is not None:
-        cut = share_rows if layout.packed else cut_rows
-        runs = cut(lengths, limit.rows, cost)
+        packed = layout.packed
+        runs = share_rows(lengths, limit.rows, cost) if packed else cut_rows(lengths, limit.rows)
     else:
         assert limit.tokens is not None
         form = share_tokens if layout.packed else cut_tokens

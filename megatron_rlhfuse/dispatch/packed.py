@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_rlhfuse.dispatch.balance import balance
 from megatron_rlhfuse.dispatch.cost import SequenceCost
-from megatron_rlhfuse.dispatch.layout import Runs
+from megatron_rlhfuse.dispatch.layout import Runs, by_falling_length, rounded_up
 
 
 def share_rows(lengths: Sequence[int], rows: int, cost: SequenceCost) -> Runs:
@@ -28,8 +28,8 @@ def share_tokens(lengths: Sequence[int], tokens: int, replicas: int, cost: Seque
         return []
     costs = [cost(length) for length in lengths]
     fitted = _first_fit(lengths, tokens)
-    most = _rounded_up(len(fitted), replicas)
-    for groups in range(_rounded_up(-(-sum(lengths) // tokens), replicas), most + 1, replicas):
+    most = rounded_up(len(fitted), replicas)
+    for groups in range(rounded_up(-(-sum(lengths) // tokens), replicas), most + 1, replicas):
         for weights in (costs, lengths):
             runs = balance(weights, groups)
             if all(sum(lengths[sample] for sample in run) <= tokens for run in runs):
@@ -43,15 +43,11 @@ def share_tokens(lengths: Sequence[int], tokens: int, replicas: int, cost: Seque
     return fitted
 
 
-def _rounded_up(count: int, replicas: int) -> int:
-    return -(-count // replicas) * replicas
-
-
 def _first_fit(lengths: Sequence[int], tokens: int) -> Runs:
     """From the longest on, every sample in the first micro-batch with room for it."""
     runs: Runs = []
     room: list[int] = []
-    for sample in sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample)):
+    for sample in by_falling_length(lengths):
         place = next((i for i, left in enumerate(room) if left >= lengths[sample]), len(runs))
         if place == len(runs):
             runs.append([])

@@ -79,7 +79,7 @@ class Segments:
     ) -> Segments:
         """One behind the other, without a gap."""
         counts = _table(lengths)
-        return cls(_table(source_starts), _starts(counts), counts, counts)
+        return cls(_table(source_starts), starts_of(counts), counts, counts)
 
     @classmethod
     def from_rows(
@@ -100,7 +100,7 @@ class Segments:
             raise ValueError("offsets: want at least 0")
         _require_fit(counts, width - columns)
         rows = torch.arange(len(counts)) * width + columns
-        return cls(rows, _starts(counts), counts, counts)
+        return cls(rows, starts_of(counts), counts, counts)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -223,7 +223,8 @@ def _table(values: Sequence[int] | Tensor) -> Tensor:
     return table.to(torch.int64).contiguous()
 
 
-def _starts(lengths: Tensor) -> Tensor:
+def starts_of(lengths: Tensor) -> Tensor:
+    """Where each of the given lengths begins when they lie one behind the other."""
     return lengths.cumsum(0) - lengths
 
 

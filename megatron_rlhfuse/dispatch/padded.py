@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rlhfuse.dispatch.cost import SequenceCost
-from megatron_rlhfuse.dispatch.layout import PADDED, Runs
+from megatron_rlhfuse.dispatch.layout import PADDED, Runs, by_falling_length, rounded_up
 
 _HALVINGS = 50
 """Of the interval that holds the least cost: beyond a double's precision for any real batch."""
 
 
-def cut_rows(lengths: Sequence[int], rows: int, cost: SequenceCost) -> Runs:
+def cut_rows(lengths: Sequence[int], rows: int) -> Runs:
     """Runs of `rows` samples."""
-    order = _falling(lengths)
+    order = by_falling_length(lengths)
     return [order[start : start + rows] for start in range(0, len(order), rows)]
 
 
@@ -27,9 +27,9 @@ def cut_tokens(lengths: Sequence[int], tokens: int, replicas: int, cost: Sequenc
 
     Their number of samples is a multiple of `replicas`, and none is longer than `tokens`.
     """
-    order = _falling(lengths)
+    order = by_falling_length(lengths)
     best = _greedy(lengths, order, tokens, float("inf"), cost)
-    count = -(-len(best) // replicas) * replicas
+    count = rounded_up(len(best), replicas)
     low = max((cost(length) for length in lengths), default=0.0)
     high = max((PADDED.cost(lengths, run, cost) for run in best), default=0.0)
     for _ in range(_HALVINGS):
@@ -40,10 +40,6 @@ def cut_tokens(lengths: Sequence[int], tokens: int, replicas: int, cost: Sequenc
         else:
             low = middle
     return _split(lengths, best, count, cost)
-
-
-def _falling(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
 
 
 def _greedy(

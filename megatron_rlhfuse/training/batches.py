@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_rlhfuse.dispatch.packing import Field, Segments, move
+from megatron_rlhfuse.dispatch.packing import Field, Segments, move, starts_of
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -170,11 +170,6 @@ class TokenBatch:
             max_seqlen_kv=self.longest,
             lengths=self.lengths,
         )
-
-
-def starts_of(lengths: Tensor) -> Tensor:
-    """Where each of the given lengths begins when they lie one behind the other."""
-    return lengths.cumsum(0) - lengths
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

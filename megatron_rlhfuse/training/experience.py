@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rlhfuse.dispatch.packing import Field, Segments, move
+from megatron_rlhfuse.dispatch.packing import Field, Segments, move, starts_of
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rlhf.advantages import estimate_advantages
 from megatron_rlhfuse.rlhf.rewards import token_rewards
-from megatron_rlhfuse.training.batches import RaggedTokens, starts_of
+from megatron_rlhfuse.training.batches import RaggedTokens
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rlhfuse.dispatch.packing import Field, Segments, move
-from megatron_rlhfuse.training.batches import RaggedTokens, TokenBatch, starts_of
+from megatron_rlhfuse.dispatch.packing import Field, Segments, move, starts_of
+from megatron_rlhfuse.training.batches import RaggedTokens, TokenBatch
 from megatron_rlhfuse.training.experience import Experience
 
 _PER_TOKEN = (

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_rlhfuse import compat, platform
-from megatron_rlhfuse.training.batches import RaggedTokens, TokenBatch, starts_of
+from megatron_rlhfuse.dispatch.packing import starts_of
+from megatron_rlhfuse.training.batches import RaggedTokens, TokenBatch
 
 tokens = st.integers(1, 99)  # not 0, which fills up
 # (prompt, response) of each sample; a prompt has at least one token.
