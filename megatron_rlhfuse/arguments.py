@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +26,10 @@ from megatron_rlhfuse.validation import complete_flags
 
 PROGRAM = "pretrain_rlhf.py"
 
+_CHECK = "--rlhfuse-check"
+
+_LAST_WORDS_S = 5.0
+
 
 def parse_arguments() -> argparse.Namespace:
     """Parses `sys.argv`, refuses bad combinations, and sets Megatron's global arguments.
@@ -30,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     Exit status 2 and one line on standard error where a flag is wrong.
     Megatron's own listing of its 900 arguments goes to the run's log, not to the terminal.
     """
+    checked_ranks = _ranks_to_check(sys.argv[1:])
     terminal.hold_back()
     platform.prepare()
     compat.apply()
@@ -42,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         args = complete_flags(args)
     except FlagError as fault:
         refuse(str(fault))
-    terminal.log_to(Path(args.rlhfuse_run_dir) / "logs" / f"rank{args.rank}.log")
+    log = "check.log" if checked_ranks else f"rank{args.rank}.log"
+    terminal.log_to(Path(args.rlhfuse_run_dir) / "logs" / log)
     with terminal.printing_to_log():
         try:
             validate_args(args)
@@ -56,7 +65,43 @@ def parse_arguments() -> argparse.Namespace:
         vars(args).update(writers)
         if args.micro_batch_tokens is not None:
             args.micro_batch_size = None
+    if checked_ranks:
+        _check_prompts(args, checked_ranks)
     return args
+
+
+def _ranks_to_check(argv: Sequence[str]) -> str | None:
+    """Of --rlhfuse-check; makes this process look like rank 0 of such a job.
+
+    Megatron reads the world from the environment while it parses.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(_CHECK)
+    parser.error = refuse  # type: ignore[method-assign]
+    given = parser.parse_known_args(argv)[0].rlhfuse_check
+    if given is None:
+        return None
+    match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([1-9]\d{0,5})", given)
+    if match is None:
+        refuse(f"{_CHECK} {given}: want a number of ranks, or NODESxRANKS such as 2x8")
+    nodes, ranks = int(match[1] or 1), int(match[2])
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(nodes * ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    return str(given)
+
+
+def _check_prompts(args: argparse.Namespace, ranks: str) -> NoReturn:
+    """The rest of what can be checked without starting anything; ends the process."""
+    from megatron_rlhfuse.assembly import load_prompts
+
+    _, dataset = load_prompts(args)
+    resumed = f"; goes on from {args.load}" if args.load else ""
+    print(f"{PROGRAM}: fine for {ranks} rank(s): {len(dataset)} prompts{resumed}")
+    raise SystemExit(0)
 
 
 def refuse(message: str) -> NoReturn:
@@ -64,10 +109,26 @@ def refuse(message: str) -> NoReturn:
 
     A folder or file may be missing on one node alone.
     """
+    _complain(message)
+    raise SystemExit(2)
+
+
+def give_up(message: str) -> NoReturn:
+    """Ends the process with status 1; one line, from one rank of each node.
+
+    For what is no flag's fault, such as a full disk; a traceback would hide it.
+    """
+    _complain(message)
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        # torchrun ends the ranks as soon as one has ended: not before one has said why.
+        time.sleep(_LAST_WORDS_S)
+    raise SystemExit(1)
+
+
+def _complain(message: str) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         line = " ".join(message.split())
         print(f"{PROGRAM}: error: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
 
 
 def _raised_at(fault: BaseException) -> str:
@@ -187,6 +248,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples an inference instance takes from the queue at once; at 1 the scores of a "
         "sample do not depend, in the last bit, on which samples were scored with it",
+    )
+    add(
+        "--rlhfuse-auto-resume",
+        action="store_true",
+        help="go on from the latest checkpoint in --save if there is one, else start, from --load "
+        "where given: for jobs that torchrun or a scheduler starts again",
+    )
+    add(
+        _CHECK,
+        metavar="RANKS",
+        help="check flags, models and prompts for a job of so many ranks, on NODESxRANKS a number "
+        "of ranks on each node, and end; starts nothing",
     )
     add(
         "--rlhfuse-stage-timeout",

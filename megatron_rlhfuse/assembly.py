@@ -10,10 +10,13 @@ import copy
 import math
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
-from megatron_rlhfuse import terminal
-from megatron_rlhfuse.data import Prompt
+from megatron_rlhfuse import network, terminal
+from megatron_rlhfuse.arguments import refuse
+from megatron_rlhfuse.data import Prompt, PromptDataset
 from megatron_rlhfuse.inference.instance import InferenceInstance, InferenceModels
+from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.reward_function import call_reward_function, load_reward_function
 from megatron_rlhfuse.layouts import training_layouts
 from megatron_rlhfuse.models.build import build_model
@@ -22,7 +25,9 @@ from megatron_rlhfuse.models.load import load_hf_weights, load_stream
 from megatron_rlhfuse.observe.trace import Tracer
 from megatron_rlhfuse.pipeline.groups import Layout, ModelGroups, build_process_groups
 from megatron_rlhfuse.pipeline.model import PipelinedModel
+from megatron_rlhfuse.rollout.prompt_rounds import extra_prompts
 from megatron_rlhfuse.rollout.samples import Sample
+from megatron_rlhfuse.rollout.wire import Limits
 from megatron_rlhfuse.training.heads import PolicyHead
 from megatron_rlhfuse.training.trained_model import (
     TrainedModel,
@@ -35,8 +40,52 @@ def start_megatron() -> None:
     """Starts torch.distributed and Megatron's own state, in the actor's layout."""
     from megatron.training.initialize import initialize_megatron
 
+    network.keep_ranks_local()
     with terminal.printing_to_log():
         initialize_megatron(allow_no_cuda=True)
+
+
+def load_prompts(args: argparse.Namespace) -> tuple[Any, PromptDataset]:
+    """The actor's tokenizer, and the prompts that it has read. Refuses what cannot be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
+    except (ValueError, OSError) as fault:
+        refuse(f"--actor-model {args.actor_model}: its tokenizer cannot be loaded: {fault}")
+    try:
+        dataset = PromptDataset(
+            args.prompt_data,
+            tokenizer,
+            args.rollout_max_prompt_tokens,
+            args.rollout_overlong_prompts,
+        )
+    except (ValueError, OSError) as fault:
+        refuse(str(fault))
+    prompts = (dataset[index] for index in range(len(dataset)))
+    largest = max(max(prompt.token_ids) for prompt in prompts)
+    if largest >= args.actor_shape.vocab_size:
+        refuse(
+            f"--actor-model {args.actor_model}: its tokenizer makes token {largest} of "
+            f"--prompt-data, its model has {args.actor_shape.vocab_size}"
+        )
+    return tokenizer, dataset
+
+
+def connect_queue(args: argparse.Namespace) -> SampleQueue:
+    """The queues between the stages, which drop what no rank of this job can send. COLLECTIVE."""
+    copies = args.rollout_samples_per_prompt
+    trained = args.rollout_batch_size // copies
+    limits = Limits(
+        samples=(trained + extra_prompts(trained, args.rollout_extra_prompts)) * copies,
+        prompt_tokens=args.rollout_max_prompt_tokens,
+        response_tokens=args.rollout_max_new_tokens,
+        vocabulary=args.actor_shape.vocab_size,
+        instances=args.rollout_instances,
+        has_reference=args.reference_shape is not None,
+        has_values=args.uses_critic,
+    )
+    return SampleQueue.connect(args.rlhfuse_stage_timeout, args.rollout_instances, limits)
 
 
 def updates_per_iteration(args: argparse.Namespace) -> int:

@@ -7,10 +7,10 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron_rlhfuse import compat
 from megatron_rlhfuse.flag_error import FlagError, flag
+from megatron_rlhfuse.output_rules import check_output
 from megatron_rlhfuse.unsupported_flags import check_unsupported
 
 _FUNCTION_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -30,7 +30,7 @@ def check_flags(args: argparse.Namespace) -> None:
         _check_estimator,
         _check_kl,
         _check_optimizer,
-        _check_output,
+        check_output,
     ):
         check(args)
 
@@ -70,7 +70,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         "critic_tensor_model_parallel_size", "critic_pipeline_model_parallel_size",
         "critic_micro_batch_size", "rlhfuse_inference_tensor_parallel_size",
         "rlhfuse_inference_pipeline_parallel_size", "rlhfuse_inference_micro_batch_size",
-        "save_interval", "lr_decay_iters",
+        "save_interval", "lr_decay_iters", "exit_interval", "save_retain_interval",
     ):  # fmt: skip
         _need(args, name, lambda value: value >= 1, "must be at least 1")
     for name in ("rlhfuse_stage_timeout", "rollout_start_timeout", "rollout_step_timeout"):
@@ -342,27 +342,3 @@ def _check_weight_decay(args: argparse.Namespace) -> None:
             f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay "
             "and --end-weight-decay, the latter not below the former"
         )
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    if args.save_interval is not None and args.save is None:
-        raise FlagError(
-            f"--save-interval {args.save_interval} has no effect without --save: name the folder"
-        )
-    from megatron_rlhfuse.training.checkpoint import TRACKER
-
-    tracker = Path(args.save or "") / TRACKER
-    if args.save and tracker.is_file() and not _same_folder(args.save, args.load):
-        raise FlagError(
-            f"--save {args.save} holds the checkpoints of another run: go on from them with "
-            f"--load {args.save}, or name another folder"
-        )
-    if args.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise FlagError(
-            f"--wandb-project {args.wandb_project} needs the package wandb: install it, or leave "
-            "the flag out"
-        )
-
-
-def _same_folder(one: str, other: str | None) -> bool:
-    return other is not None and Path(one).resolve() == Path(other).resolve()

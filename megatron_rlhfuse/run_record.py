@@ -134,17 +134,27 @@ class RunRecord:
             if start_iteration >= self._args.train_iters:
                 print(f"nothing to do: --train-iters is {self._args.train_iters}", flush=True)
 
-    def finish(self) -> None:
-        """Merges the ranks' traces, and says where everything lies. All ranks have flushed."""
+    def finish(self, stopped_after: int | None, reason: str) -> None:
+        """Merges the ranks' traces, and says where everything lies. All ranks have flushed.
+
+        stopped_after: the last iteration, where the run ends before --train-iters, by `reason`.
+        """
         if not self._is_writer:
             return
         self.progress.close()
-        lines = [f"metrics      {self._folder / 'metrics.jsonl'}"]
+        lines = []
+        if stopped_after is not None:
+            saved = "the checkpoint goes on from there" if self._args.save else "nothing is saved"
+            lines.append(
+                f"stopped by {reason} after iteration {stopped_after} of "
+                f"{self._args.train_iters}: {saved}"
+            )
+        lines += [f"metrics      {self._folder / 'metrics.jsonl'}"]
         if self._args.rlhfuse_trace and trace.parts(self._folder):  # none without an iteration
             lines.append(f"trace        {trace.merge(self._folder)}")
         if self._args.save:
             lines.append(f"checkpoints  {self._args.save}")
-        if self._args.save_hf:
+        if self._args.save_hf and stopped_after is None:
             lines.append(f"models       {self._args.save_hf}")
         print("\n".join(lines), flush=True)
 

@@ -14,13 +14,14 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_rlhfuse import platform
-from megatron_rlhfuse.arguments import refuse
+from megatron_rlhfuse.arguments import give_up, refuse
 from megatron_rlhfuse.assembly import (
     Inference,
     build_trained_models,
+    load_prompts,
     start_megatron,
 )
-from megatron_rlhfuse.data import PromptDataset, PromptSampler
+from megatron_rlhfuse.data import PromptSampler
 from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.migration.prompt_lengths import PromptLengths
@@ -32,7 +33,9 @@ from megatron_rlhfuse.rollout.prompt_rounds import PromptBatch, PromptRounds, ex
 from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.rollout_times import RolloutTimes
 from megatron_rlhfuse.run_record import RunRecord
-from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from megatron_rlhfuse.stop_request import StopRequest
+from megatron_rlhfuse.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_rlhfuse.training.checkpoint_folder import CheckpointError
 from megatron_rlhfuse.training.experience import Experience, build_experience
 from megatron_rlhfuse.training.fused_training import FusedTraining
 from megatron_rlhfuse.training.ppo import PPO, advantage_options
@@ -45,6 +48,7 @@ class Trainer:
         self.args = args
         self.run = RunRecord(args)
         self.tracer = self.run.tracer
+        self.stop = StopRequest(args)
         self.generation = GenerationStage(args, self.tracer)
         self._seconds: dict[str, float] = {}
         self._rollout = RolloutTimes()
@@ -73,6 +77,7 @@ class Trainer:
 
     def _set_up(self) -> None:
         args = self.args
+        self.stop.listen()
         platform.set_up_rank(args.local_rank)
         self.generation.start()  # engines take longest: they load while the models are built
         self._load_prompts()
@@ -102,29 +107,8 @@ class Trainer:
         self.run.announce(self.start_iteration, len(self.dataset), self.dataset.dropped)
 
     def _load_prompts(self) -> None:
-        from transformers import AutoTokenizer
-
         args = self.args
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.actor_model)
-        except (ValueError, OSError) as fault:
-            refuse(f"--actor-model {args.actor_model}: its tokenizer cannot be loaded: {fault}")
-        try:
-            self.dataset = PromptDataset(
-                args.prompt_data,
-                self.tokenizer,
-                args.rollout_max_prompt_tokens,
-                args.rollout_overlong_prompts,
-            )
-        except (ValueError, OSError) as fault:
-            refuse(str(fault))
-        prompts = (self.dataset[index] for index in range(len(self.dataset)))
-        largest = max(max(prompt.token_ids) for prompt in prompts)
-        if largest >= args.actor_shape.vocab_size:
-            refuse(
-                f"--actor-model {args.actor_model}: its tokenizer makes token {largest} of "
-                f"--prompt-data, its model has {args.actor_shape.vocab_size}"
-            )
+        self.tokenizer, self.dataset = load_prompts(args)
         trained = args.rollout_batch_size // args.rollout_samples_per_prompt
         extra = extra_prompts(trained, args.rollout_extra_prompts)
         self.sampler = PromptSampler(len(self.dataset), trained + extra, args.seed)
@@ -135,12 +119,17 @@ class Trainer:
         self._heeds_lengths = args.rollout_dispatch == "longest-first"
 
     def iterations(self) -> Iterator[int]:
-        """Numbers of the iterations to run, from 1; after a resume the first one not yet done."""
+        """Numbers of the iterations to run, from 1; after a resume the first one not yet done.
+
+        Ends early once all ranks have agreed to stop.
+        """
         for iteration in range(self.start_iteration + 1, self.args.train_iters + 1):
             self._seconds = {}
             self._started = time.perf_counter()
             with self.tracer.span(f"iteration {iteration}", "iteration", iteration=iteration):
                 yield iteration
+            if self.stop.after is not None:
+                return
 
     def next_prompts(self, iteration: int) -> PromptBatch:
         """The prompt of every sample of the iteration, by sample id; the same on every rank."""
@@ -209,10 +198,11 @@ class Trainer:
             self.generation.wake()
             self._send_weights(version=iteration)
         args = self.args
+        is_last = self.stop.agree(iteration)
         due = args.save_interval and iteration % args.save_interval == 0
-        if args.save and (due or iteration == args.train_iters):
+        if args.save and (due or is_last):
             with self._stage("checkpoint"):
-                save_checkpoint(args, iteration, self.models.by_name(), self._progress(iteration))
+                self._save(iteration)
 
     def record(self, iteration: int) -> None:
         """Writes the iteration's line of metrics and the trace."""
@@ -249,6 +239,13 @@ class Trainer:
             "optimizer_steps": self.ppo.optimizer_steps,
         }
 
+    def _save(self, iteration: int) -> None:
+        try:
+            progress = self._progress(iteration)
+            save_checkpoint(self.args, iteration, self.models.by_name(), progress)
+        except CheckpointError as fault:
+            give_up(str(fault))
+
     def _resume(self) -> None:
         try:
             progress = load_checkpoint(self.args, self.models.by_name())
@@ -269,7 +266,7 @@ class Trainer:
 
     def _finish(self) -> None:
         args = self.args
-        if args.save_hf:
+        if args.save_hf and self.stop.after is None:
             for name, model in self.models.by_name().items():
                 source = args.actor_model if name == "actor" else args.critic_model
                 save_hf(
@@ -280,7 +277,8 @@ class Trainer:
                 )
         self.tracer.flush()
         dist.barrier()  # rank 0 merges what all have flushed
-        self.run.finish()
+        self.run.finish(self.stop.after, self.stop.reason)
+        self.stop.settle()
         dist.destroy_process_group()
 
 

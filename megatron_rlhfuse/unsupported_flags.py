@@ -103,11 +103,8 @@ _UNSUPPORTED: dict[str, str] = {
     "--rl-importance-sampling-truncation-coef": "use --ppo-tis-cap",
     "--rl-inference-tensor-model-parallel-size": "use --rollout-tensor-parallel-size",
     "--skip-train": "every iteration trains",
-    "--exit-interval": "use --train-iters with --lr-decay-iters for the whole schedule",
-    "--exit-signal-handler": "SIGTERM ends the job; resume it with --load",
-    "--exit-signal-handler-for-training": "SIGTERM ends the job; resume it with --load",
-    "--exit-duration-in-mins": "stop the job when you like and resume it with --load",
-    "--adlr-autoresume": "submit the job again with --load",
+    "--exit-signal-handler-for-training": "use --exit-signal-handler",
+    "--adlr-autoresume": "use --rlhfuse-auto-resume",
     "--fake-process-group": "training needs real ones",
     "--lazy-mpu-init": "process groups are made at the start",
     "--use-sharp": "leave it out",
@@ -125,7 +122,6 @@ _UNSUPPORTED: dict[str, str] = {
     "--no-save-rng": "checkpoints hold all that exact resuming needs",
     "--non-persistent-ckpt-type": "checkpoints go to --save",
     "--non-persistent-save-interval": "checkpoints go to --save, every --save-interval iterations",
-    "--save-retain-interval": "all checkpoints are kept; delete those that you do not need",
     "--tensorboard-dir": "its files go to --rlhfuse-run-dir",
 }  # fmt: skip
 

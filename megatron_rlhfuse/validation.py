@@ -229,7 +229,10 @@ def _check_folders(args: argparse.Namespace) -> None:
                         "choose another folder"
                     )
     if args.load:
-        from megatron_rlhfuse.training.checkpoint import CheckpointError, latest_checkpoint
+        from megatron_rlhfuse.training.checkpoint_folder import (
+            CheckpointError,
+            latest_checkpoint,
+        )
 
         try:
             latest_checkpoint(args.load)

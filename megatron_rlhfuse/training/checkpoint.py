@@ -4,8 +4,9 @@ One folder per iteration holds actor, critic, both optimizers and schedulers, ra
 position in the data and the KL controller.
 
 Invariants
-- `latest_checkpointed_iteration.txt` is written last, by rename: a kill at any moment leaves the
-  previous checkpoint, or the new one, and never half of one, as the latest.
+- A checkpoint becomes the latest when all of it is written (checkpoint_folder.py); a kill, a full
+  disk or another error before that leaves the one before it.
+- A file that is not what was written is found before any of it is loaded (integrity.py).
 - Saving, then going on, equals loading and going on, bit for bit.
 - `--load` of a folder without a checkpoint is an error, never a silent start from iteration 0.
 - Another parallel layout than the one that saved may load: models and plain optimizers are cut
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import random
 import shutil
 from collections.abc import Collection, Mapping
@@ -28,13 +28,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_rlhfuse.training.checkpoint_folder import (
+    CheckpointError,
+    describe,
+    folder_of,
+    latest_checkpoint,
+    make_latest,
+    remove_old,
+    remove_partial,
+)
+from megatron_rlhfuse.training.integrity import check_manifest, write_manifest
+from megatron_rlhfuse.training.save_errors import SaveErrors
 from megatron_rlhfuse.training.trained_model import TrainedModel
-
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, or is of another job; the message names the folder."""
 
 
 def save_checkpoint(
@@ -47,11 +52,41 @@ def save_checkpoint(
 
     models: by the prefix of their tensors ("actor", "critic"). progress: plain values, the same
     on every rank.
+
+    Raises CheckpointError where it cannot be written; the latest one is then what it was before.
     """
-    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
 
     root = Path(args.save)
-    folder = root / f"iter_{iteration:07d}"
+    try:
+        with SaveErrors() as errors:
+            folder = _write(args, iteration, models, progress)
+        if dist.get_rank() == 0:
+            make_latest(root, iteration)
+            if args.save_retain_interval:
+                remove_old(root, iteration, args.save_retain_interval)
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as fault:
+        state = describe(root)  # before the room is given back
+        if dist.get_rank() == 0:
+            remove_partial(root, iteration)
+        raise CheckpointError(
+            f"the checkpoint of iteration {iteration} cannot be written to {root}: "
+            f"{errors.describe(fault)}; {state}"
+        ) from fault
+    dist.barrier()
+    return folder
+
+
+def _write(
+    args: argparse.Namespace,
+    iteration: int,
+    models: Mapping[str, TrainedModel],
+    progress: Mapping[str, Any],
+) -> Path:
+    from megatron.core import dist_checkpointing
+
+    folder = folder_of(Path(args.save), iteration)
     if dist.get_rank() == 0:
         # What a killed save left behind is not the latest checkpoint, so nobody needs it.
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,28 +100,8 @@ def save_checkpoint(
     state["shapes"] = {name: _shape_fields(model) for name, model in models.items()}
     dist_checkpointing.save(state, str(folder), content_metadata=_metadata(args, models))
     dist.barrier()
-    if dist.get_rank() == 0:
-        temporary = root / f".{TRACKER}.tmp"
-        temporary.write_text(f"{iteration}\n")
-        os.replace(temporary, root / TRACKER)
-    dist.barrier()
+    write_manifest(folder)
     return folder
-
-
-def latest_checkpoint(folder: str) -> Path:
-    """The newest complete checkpoint under `--load`. Raises CheckpointError without one."""
-    root = Path(folder)
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        raise CheckpointError(
-            f"--load {folder} holds no checkpoint ({TRACKER} is missing): leave the flag out to "
-            "start from --actor-model"
-        )
-    text = tracker.read_text().strip()
-    path = root / f"iter_{int(text):07d}" if text.isdigit() else None
-    if path is None or not path.is_dir():
-        raise CheckpointError(f"{tracker} says {text!r}, which names no checkpoint in {folder}")
-    return path
 
 
 def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]) -> dict[str, Any]:
@@ -99,6 +114,7 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
     from torch.distributed.checkpoint import CheckpointException
 
     folder = latest_checkpoint(args.load)
+    check_manifest(folder)
     try:
         stored = dist_checkpointing.load_common_state_dict(str(folder))
         _check_shapes(stored["shapes"], models, folder)

@@ -54,7 +54,7 @@ def run_and_be_killed(folder: str) -> None:
 
 def resume(folder: str) -> Results:
     """Goes on from what the killed job left; then what else may happen to its checkpoints."""
-    from megatron_rlhfuse.training.checkpoint import TRACKER
+    from megatron_rlhfuse.training.checkpoint_folder import TRACKER
 
     root = Path(folder)
     left = sorted(path.name for path in (root / "checkpoints").iterdir())
@@ -220,7 +220,8 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
     """What is said of checkpoints that do not fit, by what is wrong."""
     from megatron_rlhfuse.assembly import build_trained_models
     from megatron_rlhfuse.models.hf_config import read_shape
-    from megatron_rlhfuse.training.checkpoint import TRACKER, save_checkpoint
+    from megatron_rlhfuse.training.checkpoint import save_checkpoint
+    from megatron_rlhfuse.training.checkpoint_folder import TRACKER
 
     models = trainer.models.by_name()
     if dist.get_rank() == 0:
@@ -262,7 +263,8 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
 
 
 def _refusal(args: Any, models: Any, folder: Path) -> str:
-    from megatron_rlhfuse.training.checkpoint import CheckpointError, load_checkpoint
+    from megatron_rlhfuse.training.checkpoint import load_checkpoint
+    from megatron_rlhfuse.training.checkpoint_folder import CheckpointError
 
     try:
         load_checkpoint(changed(args, load=str(folder)), models)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Job:
         environment: Mapping[str, str] | None = None,
         nodes: int = 1,
         program: Path | str = "pretrain_rlhf.py",
+        torchrun: Sequence[str] = (),
         **flags: object,
     ) -> None:
         assert TOY.is_dir(), "no toy models in build/toy: run `make toy`"
@@ -78,7 +79,7 @@ class Job:
         self._output = self.output_path.open("w")
         self._agents = [
             subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *node, *words],
+                [sys.executable, "-m", "torch.distributed.run", *torchrun, *node, *words],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
                 stdout=self._output,
