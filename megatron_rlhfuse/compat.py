@@ -6,16 +6,22 @@ idempotent and is called once per process, after `platform.prepare()`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 import queue
 from pathlib import Path
 from typing import Any
+
+from megatron_rlhfuse.training import safe_loading
 
 
 def apply() -> None:
     """Applies every repair that the installed versions need."""
     _skip_missing_dataset_makefile()
     _keep_checkpoint_results_in_process()
+    _keep_restarts_apart()
+    safe_loading.install()
 
 
 def _skip_missing_dataset_makefile() -> None:
@@ -65,3 +71,29 @@ def has_fused_optimizer() -> bool:
     from megatron.core.optimizer import distrib_optimizer
 
     return bool(distrib_optimizer.HAVE_APEX_OR_TE)
+
+
+def _keep_restarts_apart() -> None:
+    """Lets ranks that torchrun has started again find nothing of their forerunners.
+
+    torch 2.13 gives them the same store (of the agent) with all that was in it: process groups
+    then connect to addresses of dead ranks. All ranks of one agent have the same restart count;
+    for several agents output_rules.py demands a store of the ranks' own.
+    """
+    import torch.distributed as dist
+
+    # A function of the package hides the module.
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    original = rendezvous._create_c10d_store
+    if restarts == 0 or getattr(original, "is_apart", False):
+        return
+
+    def create(*args: Any, **kwargs: Any) -> dist.Store:
+        store: dist.Store = original(*args, **kwargs)
+        if not rendezvous._torchelastic_use_agent_store():
+            return store
+        return dist.PrefixStore(f"restart_{restarts}", store)
+
+    create.is_apart = True  # type: ignore[attr-defined]
+    rendezvous._create_c10d_store = create  # type: ignore[attr-defined]

@@ -30,12 +30,7 @@ def check_output(args: argparse.Namespace) -> None:
             f"--save-retain-interval {args.save_retain_interval} is no multiple of --save-interval "
             f"{interval}: change one of them"
         )
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts and args.save and not args.rlhfuse_auto_resume:
-        raise FlagError(
-            f"torchrun --max-restarts {restarts} starts ranks again, which then find the "
-            "checkpoints in --save: give --rlhfuse-auto-resume, so that they go on from them"
-        )
+    _check_restarts(args)
     if args.rlhfuse_auto_resume and has_checkpoint(args.save):
         args.load = args.save
     if args.save and has_checkpoint(args.save) and not _same_folder(args.save, args.load):
@@ -53,6 +48,24 @@ def check_output(args: argparse.Namespace) -> None:
         raise FlagError(
             f"--wandb-project {args.wandb_project} needs the package wandb: install it, or leave "
             "the flag out"
+        )
+
+
+def _check_restarts(args: argparse.Namespace) -> None:
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if not restarts:
+        return
+    if args.save and not args.rlhfuse_auto_resume:
+        raise FlagError(
+            f"torchrun --max-restarts {restarts} starts ranks again, which then find the "
+            "checkpoints in --save: give --rlhfuse-auto-resume, so that they go on from them"
+        )
+    on_one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(args.world_size)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not on_one_node:
+        raise FlagError(
+            f"torchrun --max-restarts {restarts} on several nodes needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: else ranks that are "
+            "started again connect to those that have died"
         )
 
 

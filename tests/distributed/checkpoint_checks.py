@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -77,6 +78,7 @@ def resume(folder: str) -> Results:
         "other layout": _other_layout(trainer),
         "refusals": _refusals(trainer, root),
         "crash before the tracker": _crash_before_the_tracker(trainer),
+        "full disk": _full_disk(trainer),
     }
 
 
@@ -233,8 +235,14 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
         (root / "torn" / "iter_0000002").mkdir(parents=True)
         (root / "torn" / TRACKER).write_text("2\n")
         shutil.copytree(root / "checkpoints", root / "truncated")
+        for name in ("flipped", "lost", "no sums", "older"):
+            shutil.copytree(root / "checkpoints", root / name)
         for data in (root / "truncated" / "iter_0000004").glob("*.distcp"):
             os.truncate(data, 100)
+        _flip_a_byte(root / "flipped" / "iter_0000004" / "__1_0.distcp")
+        (root / "lost" / "iter_0000004" / "__0_0.distcp").unlink()
+        (root / "no sums" / "iter_0000004" / "integrity.json").write_text('{"files": {"a": 1}}')
+        (root / "older" / "iter_0000004" / "integrity.json").unlink()
     save_checkpoint(
         changed(trainer.args, save=f"{root}/without-critic"), 1, {"actor": models["actor"]}, {}
     )
@@ -253,6 +261,10 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
         "dangling tracker": _refusal(trainer.args, models, root / "dangling"),
         "garbled tracker": _refusal(trainer.args, models, root / "garbled"),
         "truncated": _refusal(trainer.args, models, root / "truncated"),
+        "flipped byte": _refusal(trainer.args, models, root / "flipped"),
+        "lost file": _refusal(trainer.args, models, root / "lost"),
+        "sums unreadable": _refusal(trainer.args, models, root / "no sums"),
+        "without sums": _refusal(trainer.args, models, root / "older"),
         "no critic": _refusal(trainer.args, models, root / "without-critic"),
         "torn": _refusal(trainer.args, models, root / "torn"),
         "another model": _refusal(trainer.args, other.by_name(), root / "checkpoints"),
@@ -260,6 +272,15 @@ def _refusals(trainer: Any, root: Path) -> dict[str, str]:
             alone, build_trained_models(alone).by_name(), root / "checkpoints"
         ),
     }
+
+
+def _flip_a_byte(path: Path) -> None:
+    """In the middle of the file: among the numbers of a tensor, which nothing else would notice."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
 
 
 def _refusal(args: Any, models: Any, folder: Path) -> str:
@@ -280,29 +301,51 @@ def _crash_before_the_tracker(trainer: Any) -> str:
     class CrashError(Exception):
         pass
 
-    def crash() -> None:
+    write_manifest = checkpoint.write_manifest
+
+    def write_and_crash(folder: Path) -> None:
+        write_manifest(folder)
         raise CrashError
 
     args, models = trainer.args, trainer.models.by_name()
-    checkpoint.dist = _BarrierThat(checkpoint.dist, crash)  # type: ignore[assignment]
+    checkpoint.write_manifest = write_and_crash
     try:
         checkpoint.save_checkpoint(args, 6, models, {"iteration": 6})
     except CrashError:
         return checkpoint.latest_checkpoint(args.save).name
+    finally:
+        checkpoint.write_manifest = write_manifest
     return "no crash"
 
 
-class _BarrierThat:
-    """torch.distributed, but the second barrier of a save does something else."""
+def _full_disk(trainer: Any) -> Results:
+    """A save during which one rank finds no room, what is left of it, and the next one."""
+    from megatron_rlhfuse.training.checkpoint import save_checkpoint
+    from megatron_rlhfuse.training.checkpoint_folder import CheckpointError, latest_checkpoint
 
-    def __init__(self, module: Any, instead: Any) -> None:
-        self._module, self._instead, self._barriers = module, instead, 0
+    args, models = trainer.args, trainer.models.by_name()
+    fsync = os.fsync
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def barrier(self) -> None:
-        self._barriers += 1
-        if self._barriers == 2:
-            self._instead()
-        self._module.barrier()
+    if dist.get_rank() == 1:
+        os.fsync = no_room
+    try:
+        save_checkpoint(args, 8, models, {"iteration": 8})
+        message = "no error"
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        os.fsync = fsync
+    dist.barrier()
+    left = sorted(each.name for each in Path(args.save).glob("iter_*8"))
+    latest = latest_checkpoint(args.save).name
+    dist.barrier()
+    save_checkpoint(args, 8, models, {"iteration": 8})
+    return {
+        "message": message,
+        "left": left,
+        "latest": latest,
+        "then": latest_checkpoint(args.save).name,
+    }

@@ -92,7 +92,13 @@ def test_another_layout_goes_on_from_the_same_place(resumed: list[Results]) -> N
         ("dangling tracker", ["dangling", "'7'", "names no checkpoint"]),
         ("garbled tracker", ["garbled", "'two'", "names no checkpoint"]),
         ("torn", ["torn/iter_0000002"]),
-        ("truncated", ["truncated/iter_0000004", "cannot be read"]),
+        ("truncated", ["truncated/iter_0000004 is damaged", "__0_0.distcp, __1_0.distcp"]),
+        (
+            "flipped byte",
+            ["flipped/iter_0000004 is damaged: __1_0.distcp is not", "iteration.txt: 2"],
+        ),
+        ("lost file", ["lost/iter_0000004 is damaged: __0_0.distcp is not"]),
+        ("sums unreadable", ["no sums/iter_0000004/integrity.json is damaged"]),
         (
             "another model",
             ["checkpoints/iter_0000004", "another actor", "qwen3", "--actor-model"],
@@ -108,3 +114,19 @@ def test_what_does_not_fit_is_refused(resumed: list[Results], wrong: str, words:
 
 def test_the_tracker_is_written_last(resumed: list[Results]) -> None:
     assert {rank["crash before the tracker"] for rank in resumed} == {"iter_0000004"}
+
+
+def test_a_checkpoint_without_sums_is_loaded(resumed: list[Results]) -> None:
+    """Of a job that wrote none."""
+    assert {rank["refusals"]["without sums"] for rank in resumed} == {"accepted"}
+
+
+def test_a_full_disk_costs_no_more_than_that_checkpoint(resumed: list[Results]) -> None:
+    full = [rank["full disk"] for rank in resumed]
+    for rank in full:
+        assert rank["message"].startswith("the checkpoint of iteration 8 cannot be written to ")
+        assert rank["message"].endswith("; the latest checkpoint is still iter_0000004")
+        assert rank["left"] == [] and rank["latest"] == "iter_0000004"
+        assert rank["then"] == "iter_0000008"
+    assert "No space left on device" in full[1]["message"]  # the rank that saw it
+    assert "rank 1" in full[0]["message"]

@@ -62,6 +62,7 @@ class Job:
         run_folder: Path,
         environment: Mapping[str, str] | None = None,
         nodes: int = 1,
+        elastic: bool = False,
         program: Path | str = "pretrain_rlhf.py",
         torchrun: Sequence[str] = (),
         **flags: object,
@@ -86,7 +87,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that a signal to its group spares the tests
             )
-            for node in _nodes(nodes)
+            for node in _nodes(nodes, elastic)
         ]
         self.process = self._agents[0]
         self._seen: dict[int, psutil.Process] = {}
@@ -121,7 +122,7 @@ class Job:
             if agent.poll() is None:
                 for child in psutil.Process(agent.pid).children(recursive=True):
                     self._seen.setdefault(child.pid, child)
-                    self._shared_memory |= _shared_memory(child.pid)
+                    self._shared_memory |= shared_memory(child.pid)
         return list(self._seen.values())
 
     def ranks(self) -> list[psutil.Process]:
@@ -159,19 +160,29 @@ class Job:
         self._output.close()
 
 
-def _nodes(count: int) -> list[list[str]]:
-    """torchrun's flags on every node."""
-    if count == 1:
-        return [["--nproc-per-node", "2"]]
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def _nodes(count: int, elastic: bool) -> list[list[str]]:
+    """torchrun's flags on every node; `elastic`: they meet anew after a rank has died."""
+    if count == 1:
+        return [["--nproc-per-node", "2"]]
+    if elastic:
+        port = _free_port()
+        shared = ["--nnodes", str(count), "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        shared += ["--rdzv-id", f"job-{port}", "--local-addr", "127.0.0.1"]
+        shared += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+        return [[*shared, "--rdzv-conf", f"is_host={node == 0}"] for node in range(count)]
+    port = _free_port()
     shared = ["--nnodes", str(count), "--nproc-per-node", "1"]
     shared += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     return [[*shared, "--node-rank", str(node)] for node in range(count)]
 
 
-def _shared_memory(pid: int) -> set[Path]:
+def shared_memory(pid: int) -> set[Path]:
     """Files in /dev/shm that a process has mapped: other programs have files there, too."""
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()

@@ -44,3 +44,28 @@ def test_a_rank_that_is_killed_in_every_stage_changes_nothing(
     assert_equal_weights(tmp_path, undisturbed)
     assert same_everywhere(tmp_path) == same_everywhere(undisturbed)
     assert [record["iteration"] for record in metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_all_nodes_start_again_when_a_rank_of_one_is_killed(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "checkpoints"
+    job = start_paced(
+        tmp_path,
+        # As output_rules.py demands it.
+        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        nodes=2,
+        elastic=True,
+        torchrun=["--max-restarts", "1"],
+        rlhfuse_fusion="none",
+        save=save,
+        save_interval=1,
+        rlhfuse_auto_resume=True,
+    )
+    job.wait_for("iteration 1/4")
+    job.ranks()[1].kill()
+    assert job.wait() == 0, job.output
+    job.assert_nothing_left()
+    assert "resumed after iteration" in job.output
+    assert_equal_weights(tmp_path, undisturbed)
+    assert same_everywhere(tmp_path) == same_everywhere(undisturbed)

@@ -171,7 +171,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--rollout-temperature 0.001", "--rollout-temperature 0.001", "must be in [0.01, 2]"),
     ("--fp16", "--fp16", "--bf16"),
     ("--optimizer sgd", "--optimizer sgd", "use adam"),
-    ("--exit-signal-handler", "--exit-signal-handler", "--load"),
+    ("--exit-signal-handler-for-training", "--exit-signal-handler-for", "--exit-signal-handler"),
     ("--glu-linear-offset 1.0", "--glu-linear-offset", "--actor-model"),
     ("--use-distributed-optimizer", "--use-distributed-optimizer", "leave the flag out"),
     ("--use-precision-aware-optimizer", "--use-precision-aware-optimizer", "give both"),
@@ -222,6 +222,13 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--rlhfuse-run-dir {}/file", "--rlhfuse-run-dir", "no folder can be made or written"),
     ("--save-hf {}", "--save-hf", "choose another folder"),
     ("--save-interval 2", "--save-interval 2", "without --save"),
+    ("--save-retain-interval 2", "--save-retain-interval 2", "without --save"),
+    (
+        "--save {}/c --save-interval 2 --save-retain-interval 3",
+        "--save-retain-interval 3",
+        "--save-interval 2",
+    ),
+    ("--rlhfuse-auto-resume", "--rlhfuse-auto-resume", "without --save"),
     ("--wandb-project p", "--wandb-project p", "install it"),
     # layouts
     ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size", "torchrun"),
@@ -249,11 +256,13 @@ REFUSED: list[tuple[str, str, str]] = [
     ("--context-parallel-size 2", "--context-parallel-size 2", "leave it at 1"),
     ("--fp8-format e4m3", "--fp8-format e4m3", "--bf16"),
     ("--data-path x", "--data-path", "--prompt-data"),
-    ("--adlr-autoresume", "--adlr-autoresume", "--load"),
+    ("--adlr-autoresume", "--adlr-autoresume", "--rlhfuse-auto-resume"),
     ("--attention-backend local", "--attention-backend local", "leave it out"),
     ("--bf16 --fp32-residual-connection", "--fp32-residual-connection", "leave it out"),
     ("--main-grads-dtype bf16", "--main-grads-dtype bf16", "leave it at fp32"),
-    ("--exit-interval 3", "--exit-interval 3", "--train-iters"),
+    ("--exit-interval 0", "--exit-interval 0", "at least 1"),
+    ("--exit-duration-in-mins -1", "--exit-duration-in-mins -1", "not be less than 0"),
+    ("--exit-signal-handler --exit-signal SIGKILL", "--exit-signal SIGKILL", "no program"),
 ]
 
 # The same for a job of several processes.
@@ -566,6 +575,30 @@ def test_a_folder_with_checkpoints_is_not_written_over(parse: Parse, folders: Pa
     message = refusal(parse, "--save {}")
     assert f"--save {folders}" in message and f"--load {folders}" in message
     parse("--save {} --load {}")
+
+
+def test_auto_resume_goes_on_from_what_was_saved(parse: Parse, folders: Path) -> None:
+    flags = "--save {}/new --rlhfuse-auto-resume"
+    assert parse(flags).load is None
+    for name, iteration in (("new", 3), ("other", 2)):
+        (folders / name / f"iter_{iteration:07d}").mkdir(parents=True)
+    tracker = "latest_checkpointed_iteration.txt"
+    (folders / "other" / tracker).write_text("2\n")
+    # To begin with, another job's.
+    assert parse(flags + " --load {}/other").load == str(folders / "other")
+    (folders / "new" / tracker).write_text("3\n")
+    assert parse(flags).load == str(folders / "new")
+    assert parse(flags + " --load {}/other").load == str(folders / "new")
+
+
+def test_ranks_that_are_started_again_must_be_able_to_go_on(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    message = refusal(parse, "--save {}/new")
+    assert "--max-restarts 3" in message and "--rlhfuse-auto-resume" in message
+    parse("--save {}/new --rlhfuse-auto-resume")
+    parse()  # begins anew, with the same result
 
 
 def test_one_rank_of_a_node_speaks() -> None:

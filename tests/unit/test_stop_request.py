@@ -1,0 +1,128 @@
+"""Who may tell a job to end, what all ranks make of it, and what it leaves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rlhfuse import stop_request
+from megatron_rlhfuse.stop_request import StopRequest
+
+TAKEN = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process, and its signal handlers put back."""
+    handlers = {number: signal.getsignal(number) for number in TAKEN}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def listener(folder: Path, **changed: Any) -> StopRequest:
+    arguments = {
+        "rlhfuse_run_dir": str(folder),
+        "rank": 0,
+        "train_iters": 8,
+        "exit_signal_handler": False,
+        "exit_signal": signal.SIGTERM,
+        "exit_duration_in_mins": None,
+        "exit_interval": None,
+    }
+    request = StopRequest(argparse.Namespace(**(arguments | changed)))
+    request.listen()
+    return request
+
+
+def test_nobody_asks(tmp_path: Path) -> None:
+    request = listener(tmp_path)
+    assert not request.agree(1) and request.after is None
+    request.settle()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_iteration_is_no_stop(tmp_path: Path) -> None:
+    request = listener(tmp_path)
+    (tmp_path / "stop").touch()
+    assert request.agree(8) and request.after is None
+    request.settle()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file(tmp_path: Path) -> None:
+    request = listener(tmp_path)
+    (tmp_path / "stop").touch()
+    assert request.agree(3)
+    request.settle()
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {
+        "iteration": 3,
+        "of": 8,
+        "reason": "a file named stop",
+    }
+    assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [
+        (signal.SIGUSR1, {}),
+        (signal.SIGUSR2, {"exit_signal_handler": True, "exit_signal": signal.SIGUSR2}),
+    ],
+)
+def test_a_signal(tmp_path: Path, number: signal.Signals, flags: dict[str, Any]) -> None:
+    request = listener(tmp_path, **flags)
+    os.kill(os.getpid(), number)
+    assert request.agree(3) and (request.after, request.reason) == (3, "a signal")
+
+
+def test_an_interval(tmp_path: Path) -> None:
+    request = listener(tmp_path, exit_interval=3)
+    assert [request.agree(iteration) for iteration in (1, 2)] == [False, False]
+    assert request.agree(3) and request.reason == "--exit-interval"
+
+
+def test_a_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(stop_request.time, "monotonic", lambda: now)
+    request = listener(tmp_path, exit_duration_in_mins=2)
+    now += 119
+    assert not request.agree(1)
+    now += 2
+    assert request.agree(2) and request.reason == "--exit-duration-in-mins"
+
+
+def test_what_one_rank_was_asked_all_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = listener(tmp_path, rank=1)
+
+    def of_all(asked: Any, op: Any) -> None:
+        assert int(asked) == 0
+        asked.fill_(3)  # another rank had a signal
+
+    monkeypatch.setattr(stop_request.dist, "all_reduce", of_all)
+    assert request.agree(5) and (request.after, request.reason) == (5, "a signal")
+    request.settle()  # rank 0's
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("restarts", "heeds"), [("0", False), ("1", True)])
+def test_what_an_earlier_job_left_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, heeds: bool
+) -> None:
+    """A file `stop` stays for ranks that torchrun has started again."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    for name in ("stop", "stopped.json"):
+        (tmp_path / name).touch()
+    request = listener(tmp_path)
+    assert request.agree(1) == heeds
+    assert not (tmp_path / "stopped.json").exists()
