@@ -9,10 +9,10 @@ export VENV
 PY := $(VENV)/bin/python
 TOY := build/toy
 # Folders of tests in the order they run: the quickest to fail first.
-TESTS := $(wildcard tests/unit tests/distributed tests/e2e tests/gpu)
+TESTS := $(wildcard tests/unit tests/docs tests/distributed tests/e2e tests/slurm tests/gpu)
 CSRC := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help install test lint format toy demo bench benchplan benchfused benchrollout benchdispatch picture clean
+.PHONY: help install test lint format docs toy demo bench benchplan benchfused benchrollout benchdispatch picture clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ format: install ## let ruff and clang-format rewrite what they can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(if $(CSRC),$(VENV)/bin/clang-format -i $(CSRC))
+
+docs: install ## the documentation as a site in build/docs; fails on a dead link
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --clean
 
 toy: $(TOY)/.complete ## make the toy models and prompts in build/toy; once
 

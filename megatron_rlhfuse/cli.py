@@ -35,9 +35,7 @@ COMMANDS = {
         "predict the training stage of a cluster, fused and not",
     ),
     "report": Command("megatron_rlhfuse.observe.report", "draw a run into one HTML page and PNGs"),
-    "doctor": Command(
-        "megatron_rlhfuse.doctor", "check the versions and the machine of this installation"
-    ),
+    "doctor": Command("megatron_rlhfuse.doctor", "check the machine and try every installed part"),
     "patch": Command(
         "megatron_rlhfuse.patch_command", "prepare a Megatron-LM tree of one's own for fusion"
     ),

