@@ -18,11 +18,11 @@ from megatron_rlhfuse.arguments import give_up, refuse
 from megatron_rlhfuse.assembly import (
     Inference,
     build_trained_models,
+    connect_queue,
     load_prompts,
     start_megatron,
 )
 from megatron_rlhfuse.data import PromptSampler
-from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.migration.prompt_lengths import PromptLengths
 from megatron_rlhfuse.models.save import save_hf
@@ -84,7 +84,7 @@ class Trainer:
         self.generation.make_room()
         start_megatron()
         dist.barrier()
-        self.queue = SampleQueue.connect(args.rlhfuse_stage_timeout, args.rollout_instances)
+        self.queue = connect_queue(args)
         self.models = build_trained_models(args)
         self.inference = Inference(args, self.models, self.tokenizer, self.tracer)
         self.fused = (

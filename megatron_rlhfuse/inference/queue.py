@@ -4,33 +4,50 @@ Invariants
 - A sample is handed to exactly one inference instance: the store pops atomically.
 - Generation instances close the queue, each once; when all have, no sample comes any more.
 - Nothing is unpickled; a message is `Sample.to_bytes()` or `ScoredSample.to_bytes()`.
+- What no rank of the job can have sent is dropped with a line in the log, and so is a sample that
+  has been there already; neither ends a wait, and neither ends a rank.
 - Keys carry the iteration. They are deleted when the next one is collected, not before: a rank that
   has scored the last sample asks for another, perhaps after this one was collected, and would wait
   for ever if it did not find the queue closed.
 
 The store is one of its own, apart from torch.distributed's: payloads are large, and a client that
-waits holds its connection.
+waits holds its connection. Counters and queues are the store's own types: who changes a counter can
+stall a stage until its time is over (docs/security.md).
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
-from megatron_rlhfuse import platform
+from megatron_rlhfuse import network
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rollout.board import MigrationBoard
 from megatron_rlhfuse.rollout.samples import Sample
+from megatron_rlhfuse.rollout.wire import (
+    ANYTHING,
+    MESSAGE_BYTES,
+    DropLog,
+    Limits,
+    MalformedMessageError,
+    one_error,
+    real,
+    whole,
+)
 
 # Polling keeps the interpreter responsive to signals, which a blocking pop does not; a sample
 # takes longer than this to score. One that waits long asks less often: hundreds of ranks may.
 _POLL_S = 0.005
 _SLOWEST_POLL_S = 0.02
+
+# Messages looked at between two looks at the clock: a flood of them must not hold a time-out up.
+_LOOK = 1000
+
+_NOTE_BYTES = 48
+"""Of a note of a length or of an end; what is beyond what notes can take is not read."""
 
 _QUEUES = ("finished", "scored")
 _KEYS = ("finished_count", "ends", "closed", "scored_count", "lengths", "lengths_count")
@@ -44,29 +61,34 @@ class StageTimeoutError(RuntimeError):
 class SampleQueue:
     """The queues of a job: finished samples, and scored ones. One object per rank."""
 
-    def __init__(self, store: dist.TCPStore, timeout_s: float, instances: int) -> None:
-        """instances: those that generate."""
+    def __init__(
+        self,
+        store: dist.TCPStore,
+        timeout_s: float,
+        instances: int,
+        limits: Limits = ANYTHING,
+    ) -> None:
+        """instances: those that generate; limits: what does not keep them is dropped."""
         self._store = store
         self._timeout_s = timeout_s
         self._instances = instances
+        self._limits = limits
+        self._drops = DropLog()
+        self._taken: dict[int, set[int]] = {}
+        """By iteration: samples that this rank was handed."""
 
     @classmethod
-    def connect(cls, timeout_s: float, instances: int) -> SampleQueue:
+    def connect(cls, timeout_s: float, instances: int, limits: Limits = ANYTHING) -> SampleQueue:
         """COLLECTIVE over all ranks: rank 0 hosts the store, the others connect to it."""
-        wait = timedelta(seconds=timeout_s)
-        host = os.environ["MASTER_ADDR"]  # torchrun's name for the machine of rank 0
-        port = torch.zeros(1, dtype=torch.int64, device=platform.device())
-        if dist.get_rank() == 0:
-            store = dist.TCPStore(host, 0, None, True, wait, wait_for_workers=False)
-            port.fill_(store.port)
-        dist.broadcast(port, src=0)
-        if dist.get_rank() != 0:
-            store = dist.TCPStore(host, int(port), None, False, wait)
-        return cls(store, timeout_s, instances)
+        store = network.connect_store(timedelta(seconds=timeout_s))
+        return cls(store, timeout_s, instances, limits)
 
     def push_finished(self, iteration: int, sample: Sample) -> None:
-        """Offers a finished sample to the inference instances."""
-        self._store.queue_push(f"{iteration}/finished", sample.to_bytes())
+        """Offers a finished sample to the inference instances.
+
+        Raises ValueError for one that the store does not take: its bytes are too many.
+        """
+        self._push(f"{iteration}/finished", sample.sample_id, sample.to_bytes())
         self._store.add(f"{iteration}/finished_count", 1)
 
     def close(self, iteration: int) -> None:
@@ -76,7 +98,8 @@ class SampleQueue:
 
     def generation_end(self, iteration: int) -> float:
         """time.time() at which the last instance closed; for after it has."""
-        return max(map(float, self._store.get(f"{iteration}/ends").decode().split(",")[:-1]))
+        ends = self._notes(f"{iteration}/ends", self._instances, _read_end)
+        return max(ends, default=time.time())
 
     def wait_finished(self, iteration: int) -> None:
         """Returns once all samples of the iteration are finished."""
@@ -88,15 +111,28 @@ class SampleQueue:
     def take(self, iteration: int, count: int) -> list[Sample]:
         """Up to `count` finished samples, waiting for one; none once all are handed out."""
         samples: list[Sample] = []
+        key = f"{iteration}/finished"
+        for old in [each for each in self._taken if each < iteration - 1]:
+            del self._taken[old]
+        taken = self._taken.setdefault(iteration, set())
 
         def ready() -> bool:
             closed = self._is_closed(iteration)  # before the look: what comes after it is seen
-            while len(samples) < count:
-                message = self._pop(f"{iteration}/finished")
+            for _ in range(_LOOK):
+                if len(samples) == count:
+                    return True
+                message = self._pop(key)
                 if message is None:
                     return closed or bool(samples)
-                samples.append(Sample.from_bytes(message))
-            return True
+                try:
+                    sample = Sample.from_bytes(message, self._limits)
+                    _require_new(sample, taken)
+                except MalformedMessageError as fault:
+                    self._drops.add(key, fault)
+                    continue
+                taken.add(sample.sample_id)
+                samples.append(sample)
+            return bool(samples)
 
         self._wait(
             ready, lambda: f"inference: no sample arrived ({self._open(iteration)} generate)"
@@ -106,11 +142,12 @@ class SampleQueue:
     def counts(self, iteration: int) -> tuple[int, int]:
         """Samples of the iteration that are finished, and those that are scored."""
         finished = self._store.add(f"{iteration}/finished_count", 0)
+        finished = min(finished, self._limits.samples)
         return finished, self._store.add(f"{iteration}/scored_count", 0)
 
     def board(self, iteration: int) -> MigrationBoard:
         """Where the generation instances of the iteration meet."""
-        return MigrationBoard(self._store, iteration)
+        return MigrationBoard(self._store, iteration, self._limits)
 
     def wait_released(self, iteration: int, instance: int) -> None:
         """Returns once a generation instance has no samples any more, and no memory."""
@@ -141,27 +178,40 @@ class SampleQueue:
         )
 
     def push_scored(self, iteration: int, scored: Sequence[ScoredSample]) -> None:
-        """Hands scored samples on to training."""
-        for sample in scored:
-            self._store.queue_push(f"{iteration}/scored", sample.to_bytes())
+        """Hands scored samples on to training.
+
+        Raises ValueError for one with NaN, or that the store does not take.
+        """
+        for each in scored:
+            self._push(f"{iteration}/scored", each.sample.sample_id, each.to_bytes())
         self._store.add(f"{iteration}/scored_count", len(scored))
 
     def collect(self, iteration: int) -> list[bytes]:
-        """All scored samples as bytes, in the order of arrival; one rank calls this.
+        """All scored samples as bytes, each once, in the order of arrival; one rank calls this.
 
         Generation has ended; samples that are still being scored are waited for.
         """
         total, _ = self.counts(iteration)
-        messages: list[bytes] = []
+        key = f"{iteration}/scored"
+        messages: dict[int, bytes] = {}
 
         def ready() -> bool:
-            while (message := self._pop(f"{iteration}/scored")) is not None:
-                messages.append(message)
+            for _ in range(_LOOK):
+                message = self._pop(key) if len(messages) < total else None
+                if message is None:
+                    break
+                try:
+                    sample = ScoredSample.from_bytes(message, self._limits).sample
+                    _require_new(sample, messages)
+                except MalformedMessageError as fault:
+                    self._drops.add(key, fault)
+                    continue
+                messages[sample.sample_id] = message
             return len(messages) >= total
 
         self._wait(ready, lambda: f"inference: {len(messages)} of {total} samples scored")
         self.delete(iteration - 1)
-        return messages
+        return list(messages.values())
 
     def note_length(self, iteration: int, tokens: int, prompt: int) -> None:
         """Tells all generation instances how long a prompt's longest response is."""
@@ -173,20 +223,51 @@ class SampleQueue:
         return self._store.add(f"{iteration}/lengths_count", 0)
 
     def lengths(self, iteration: int) -> list[tuple[int, int]]:
-        """What was noted so far: (tokens, prompt)."""
-        key = f"{iteration}/lengths"
-        if not self._store.check([key]):
-            return []
-        notes = self._store.get(key).decode().split(",")[:-1]
-        return [(int(tokens), int(prompt)) for tokens, prompt in map(str.split, notes)]
+        """What was noted so far: (tokens, prompt), each prompt once."""
+        limits = self._limits
+
+        def read(note: str) -> tuple[int, int]:
+            tokens, prompt = map(int, note.split())
+            whole(tokens, "tokens", limits.response_tokens + 1)
+            return tokens, whole(prompt, "prompt", limits.samples)
+
+        found: dict[int, int] = {}
+        for tokens, prompt in self._notes(f"{iteration}/lengths", limits.samples, read):
+            found.setdefault(prompt, tokens)
+        return [(tokens, prompt) for prompt, tokens in found.items()]
 
     def delete(self, iteration: int) -> None:
         """Removes everything about an iteration; one rank calls this, and nobody asks any more."""
         for name in _QUEUES:  # the store does not delete queues, but an empty one takes no room
-            while self._pop(f"{iteration}/{name}") is not None:
-                pass
+            for _ in range(self._store.queue_len(f"{iteration}/{name}")):
+                self._pop(f"{iteration}/{name}")
         for name in _KEYS:
             self._store.delete_key(f"{iteration}/{name}")
+
+    def _push(self, key: str, sample_id: int, message: bytes) -> None:
+        if len(message) > MESSAGE_BYTES:
+            raise ValueError(
+                f"sample {sample_id} takes {len(message)} bytes, more than the {MESSAGE_BYTES} "
+                "that a TCPStore takes: lower --rollout-max-new-tokens"
+            )
+        self._store.queue_push(key, message)
+
+    def _notes[T](self, key: str, most: int, read: Callable[[str], T]) -> list[T]:
+        """What was appended to a key, without what no rank can have appended."""
+        if not self._store.check([key]):
+            return []
+        raw: bytes = self._store.get(key)
+        size = most * _NOTE_BYTES
+        if len(raw) > size:
+            self._drops.add(key, f"{len(raw)} bytes of notes; {size} are possible", b"size")
+        checked = one_error(read)
+        found = []
+        for note in raw[:size].split(b",")[:-1]:
+            try:
+                found.append(checked(note[:_NOTE_BYTES].decode(errors="replace")))
+            except MalformedMessageError as fault:
+                self._drops.add(key, fault, note)
+        return found
 
     def _append(self, key: str, text: str) -> None:
         self._store.append(key, text)  # type: ignore[attr-defined]  # torch's stubs lack it
@@ -216,3 +297,12 @@ class SampleQueue:
                 )
             time.sleep(pause)
             pause = min(1.05 * pause, _SLOWEST_POLL_S)
+
+
+def _read_end(note: str) -> float:
+    return real(float(note), "the end of generation")
+
+
+def _require_new(sample: Sample, known: Container[int]) -> None:
+    if sample.sample_id in known:
+        raise MalformedMessageError(f"sample {sample.sample_id} has been there already")

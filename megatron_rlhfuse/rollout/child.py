@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_rlhfuse
+from megatron_rlhfuse import network
 from megatron_rlhfuse.rollout.lifetime import ENGINE_PROCESS_VARIABLE, living_members
 from megatron_rlhfuse.rollout.messages import Configure, EngineOptions
 
@@ -179,6 +180,7 @@ def child_environment(options: EngineOptions, inherited: dict[str, str]) -> dict
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        **network.engine_variables(),
     }
     if options.device == "cpu":
         # Instances share the cores with the trainer; more threads would fight over them.

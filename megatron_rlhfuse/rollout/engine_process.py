@@ -81,8 +81,9 @@ def main() -> int:
     descriptor, parent = (int(argument) for argument in sys.argv[1:])
     die_with_parent(parent)
     allow_many_files()  # workers inherit it
-    # Ctrl-C is the parent's to handle, also when the whole process group gets it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These are the parent's to handle, also when all processes of a job get them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
     connection = Connection(descriptor)
     configure = connection.recv()

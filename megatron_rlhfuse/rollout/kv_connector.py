@@ -29,7 +29,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from megatron_rlhfuse.rollout.memory_file import is_sealed, path_of, write_tensors
+from megatron_rlhfuse.rollout.memory_file import (
+    KEYS_AND_VALUES,
+    open_memory_file,
+    path_of,
+    write_tensors,
+)
 from megatron_rlhfuse.rollout.resumption import FILES, TOKENS, is_resumed
 from megatron_rlhfuse.rollout.samples import PartialSample
 
@@ -140,7 +145,7 @@ class BlockImporter(KVConnectorBase_V1):
                     (name, cache.index_select(self._axis(cache), self._index(blocks, cache)).cpu())
                     for name, cache in self._caches.items()
                 ],
-                "kv",
+                KEYS_AND_VALUES,
             )
             for blocks in requests
         ]
@@ -221,11 +226,8 @@ class OpenFiles:
         self._descriptors: list[int] = []
         try:
             for path in paths:
-                # Whatever stands there now: a pipe must not hold the engine up.
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                descriptor = open_memory_file(path, KEYS_AND_VALUES)
                 self._descriptors.append(descriptor)
-                if not is_sealed(descriptor):
-                    raise ValueError(f"{path} is no sealed memory file")
                 with safe_open(path_of(descriptor), framework="pt", device="cpu") as file:
                     for name in file.offset_keys():
                         shape = file.get_slice(name).get_shape()

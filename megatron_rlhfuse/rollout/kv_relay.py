@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rlhfuse.rollout.memory_file import path_of, write_bytes
+from megatron_rlhfuse.pipeline.broadcast import require_sizes
+from megatron_rlhfuse.rollout.memory_file import (
+    KEYS_AND_VALUES,
+    open_memory_file,
+    path_of,
+    write_bytes,
+)
 from megatron_rlhfuse.rollout.samples import PartialSample
 
 
@@ -44,14 +50,18 @@ class GlooRelay:
                 self.bytes += len(image)
 
     def receive(self, sample: PartialSample, source: int) -> PartialSample:
-        """Waits for the files of a sample: the sample with files of this node, or without any."""
+        """Waits for the files of a sample: the sample with files of this node, or without any.
+
+        Raises ValueError where a size cannot be that of a file.
+        """
         sizes = torch.zeros(len(sample.kv_files), dtype=torch.int64)
         self._wait_for(sizes, source)
+        require_sizes(sizes.tolist(), f"files of keys and values from instance {source}")
         paths = []
         for size in sizes.tolist():
             image = self._fetch(size, source) if size else None
             if image is not None:
-                self._files.append(write_bytes(image.numpy().data, "kv"))
+                self._files.append(write_bytes(image.numpy().data, KEYS_AND_VALUES))
                 paths.append(path_of(self._files[-1]))
         if len(paths) < len(sample.kv_files):
             return replace(sample, kv_files=(), kv_tokens=0)
@@ -88,7 +98,7 @@ class GlooRelay:
 def _map(path: str) -> Tensor:
     """A memory file: [bytes] uint8, empty where it cannot be read. It outlives its engine."""
     # An error: its engine has died, and the size says so.
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError, ValueError), open(open_memory_file(path, KEYS_AND_VALUES), "rb") as file:
         if os.fstat(file.fileno()).st_size:
             # Nobody writes, but torch and network cards want memory that could be written.
             image = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -127,7 +127,10 @@ class Member:
             sample_id = message if isinstance(message, int) else message.sample_id
             if sample_id not in self._expected:
                 self._learn()  # of a migration that its source has seen earlier
-            source = self._expected.pop(sample_id)
+            source = self._expected.pop(sample_id, None)
+            if source is None:
+                self._board.refuse(self._instance, f"sample {sample_id} is not to come here")
+                continue
             if isinstance(message, int):
                 continue
             if self._goes_far(message, source, self._instance):

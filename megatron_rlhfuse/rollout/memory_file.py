@@ -15,6 +15,12 @@ import torch
 
 NamedTensor = tuple[str, torch.Tensor]
 
+KEYS_AND_VALUES = "kv"
+"""The label of files that hold those of a sample."""
+
+_PREFIX = "rlhfuse-"
+"""Of the names of all memory files of this project."""
+
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 # Names of the safetensors format.
@@ -40,6 +46,29 @@ def is_sealed(descriptor: int) -> bool:
     Raises OSError for any other kind of file.
     """
     return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+
+
+def open_memory_file(path: str, label: str) -> int:
+    """Opens a memory file that this project has written with a label; returns its descriptor.
+
+    A path that came in a message may lead to anything by now: it is looked at before it is opened,
+    since some files do something when they are, and what was opened is looked at again.
+
+    Raises:
+        OSError: there is nothing any more, or something that cannot be sealed.
+        ValueError: it is another file.
+    """
+    wanted = f"/memfd:{_PREFIX}{label} (deleted)"
+    if os.readlink(path) != wanted:
+        raise ValueError(f"{path} is no memory file of {label}")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not is_sealed(descriptor) or os.readlink(path_of(descriptor)) != wanted:
+            raise ValueError(f"{path} is no sealed memory file of {label}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def write_tensors(tensors: Sequence[NamedTensor], label: str) -> int:
@@ -80,7 +109,7 @@ def write_bytes(data: memoryview | bytes, label: str) -> int:
 
 
 def _write(parts: Sequence[memoryview | bytes], label: str) -> int:
-    file = os.memfd_create(f"rlhfuse-{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    file = os.memfd_create(f"{_PREFIX}{label}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(file, "wb", closefd=False) as stream:
             for part in parts:

@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlhfuse.pipeline.broadcast import require_sizes
 from megatron_rlhfuse.rollout.kv_relay import GlooRelay
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class NixlRelay(GlooRelay):
         self._wait_for(head, source)
         address, length, unanswered = head.tolist()
         self._drop_answers(source, unanswered)
+        require_sizes([length], f"tickets of files from instance {source}")
         if not length:
             return None
         ticket = torch.empty(length, dtype=torch.uint8)

@@ -17,10 +17,28 @@ import hashlib
 import json
 import re
 import struct
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
-_MEMORY_FILE = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
+from megatron_rlhfuse.rollout.wire import (
+    ANYTHING,
+    Limits,
+    MalformedMessageError,
+    a_list,
+    numbers,
+    one_error,
+    parse_object,
+    real,
+    tokens,
+    whole,
+)
+
+_MEMORY_FILE = re.compile(r"/proc/[0-9]{1,10}/fd/[0-9]{1,10}")
+
+_MOST_WORKERS = 1024
+"""Of an engine: files of a partial sample."""
+
+_GENERATOR_BYTES = 64 << 10
+"""State of a random generator; torch's largest takes 5 KB."""
 
 STOP_REASONS = ("stop", "length")
 
@@ -123,19 +141,30 @@ class Sample:
         Raises:
             ValueError: a log-probability is infinite or NaN, which JSON does not hold.
         """
-        return json.dumps(asdict(self), allow_nan=False, separators=(",", ":")).encode()
+        return json.dumps(vars(self), allow_nan=False, separators=(",", ":")).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Sample:
+    @one_error
+    def from_bytes(cls, data: bytes, limits: Limits = ANYTHING) -> Sample:
         """Decode what `to_bytes` made.
 
         Raises:
-            ValueError: the bytes are no JSON object with exactly the fields of a sample.
+            MalformedMessageError: the bytes are nothing that a rank of a job within these limits
+                can have made.
         """
-        values = _fields(cls, data)
-        for name in ("prompt", "response", "log_probs"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        values = parse_object(data, limits.sample_bytes, _SAMPLE_FIELDS, "a sample")
+        most = limits.response_tokens
+        return cls(
+            sample_id=whole(values["sample_id"], "sample_id", limits.samples),
+            prompt=tokens(values["prompt"], "prompt", limits.prompt_tokens, limits.vocabulary),
+            response=tokens(values["response"], "response", most, limits.vocabulary),
+            log_probs=numbers(values["log_probs"], "log_probs", most),
+            stop_reason=values["stop_reason"],
+            weight_version=whole(values["weight_version"], "weight_version"),
+            instance=whole(values["instance"], "instance", limits.instances),
+            started=real(values["started"], "started"),
+            finished=real(values["finished"], "finished"),
+        )
 
 
 @dataclass(frozen=True)
@@ -177,33 +206,69 @@ class PartialSample:
 
     def to_bytes(self) -> bytes:
         """Encode as JSON; floats survive exactly."""
-        values = asdict(self)
+        values = vars(self) | {"request": vars(self.request)}
         if self.generator is not None:
             values["generator"] = base64.b64encode(self.generator).decode()
         return json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> PartialSample:
+    @one_error
+    def from_bytes(cls, data: bytes, limits: Limits = ANYTHING) -> PartialSample:
         """Decode what `to_bytes` made.
 
         Raises:
-            ValueError: the bytes are no JSON object with exactly the fields of a partial sample.
+            MalformedMessageError: as `Sample.from_bytes`.
         """
-        values = _fields(cls, data)
-        request = values["request"]
-        if not isinstance(request, dict) or request.keys() != {"sample_id", "prompt", "seed"}:
-            raise ValueError(f"a request needs sample_id, prompt and seed, got {request!r:.200}")
-        request["prompt"] = tuple(request["prompt"])
-        values["request"] = GenerationRequest(**request)
-        if values["generator"] is not None:
-            values["generator"] = base64.b64decode(values["generator"], validate=True)
-        for name in ("response", "log_probs", "kv_files"):
-            values[name] = tuple(values[name])
-        for path in values["kv_files"]:
-            # A message must not make an engine open any other file.
-            if not isinstance(path, str) or not _MEMORY_FILE.fullmatch(path):
-                raise ValueError(f"kv_files: want paths of memory files, got {path!r:.200}")
-        return cls(**values)
+        values = parse_object(data, limits.sample_bytes, _PARTIAL_FIELDS, "a sample")
+        most = limits.response_tokens
+        return cls(
+            request=_request(values["request"], limits),
+            response=tokens(values["response"], "response", most, limits.vocabulary),
+            log_probs=numbers(values["log_probs"], "log_probs", most),
+            generator=_generator(values["generator"]),
+            kv_tokens=whole(values["kv_tokens"], "kv_tokens"),
+            kv_files=tuple(
+                map(_memory_file, a_list(values["kv_files"], "kv_files", _MOST_WORKERS))
+            ),
+            weight_version=whole(values["weight_version"], "weight_version"),
+            started=real(values["started"], "started"),
+        )
+
+
+_SAMPLE_FIELDS = frozenset(field.name for field in fields(Sample))
+_PARTIAL_FIELDS = frozenset(field.name for field in fields(PartialSample))
+_REQUEST_FIELDS = frozenset(field.name for field in fields(GenerationRequest))
+
+
+def _request(values: object, limits: Limits) -> GenerationRequest:
+    if not isinstance(values, dict) or values.keys() != _REQUEST_FIELDS:
+        raise MalformedMessageError(
+            f"a request needs sample_id, prompt and seed, got {values!r:.200}"
+        )
+    return GenerationRequest(
+        sample_id=whole(values["sample_id"], "sample_id", limits.samples),
+        prompt=tokens(values["prompt"], "prompt", limits.prompt_tokens, limits.vocabulary),
+        seed=whole(values["seed"], "seed"),
+    )
+
+
+def _generator(value: object) -> bytes | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise MalformedMessageError(f"generator must be base64, got {value!r:.80}")
+    state = base64.b64decode(value, validate=True)
+    if len(state) > _GENERATOR_BYTES:
+        raise MalformedMessageError(f"generator has {len(state)} bytes; {_GENERATOR_BYTES} at most")
+    return state
+
+
+def _memory_file(path: object) -> str:
+    # A message must not make an engine open any other file (memory_file.open_memory_file looks
+    # at what stands there).
+    if not isinstance(path, str) or not _MEMORY_FILE.fullmatch(path):
+        raise MalformedMessageError(f"kv_files: want paths of memory files, got {path!r:.200}")
+    return path
 
 
 def sample_seed(run_seed: int, iteration: int, sample_id: int) -> int:
@@ -218,14 +283,6 @@ def sample_seed(run_seed: int, iteration: int, sample_id: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
-def _fields(cls: type[Sample] | type[PartialSample], data: bytes) -> dict[str, Any]:
-    values = json.loads(data)
-    names = {field.name for field in fields(cls)}
-    if not isinstance(values, dict) or values.keys() != names:
-        raise ValueError(f"a sample needs the fields {sorted(names)}, got {data[:200]!r}")
-    return values
-
-
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+        raise ValueError(f"{name} is {value!r:.80}; it must be {wanted}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -12,8 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rlhfuse.migration.state import Migration, Move
-from megatron_rlhfuse.rollout.board import Board, MigrationBoard, Report
+from megatron_rlhfuse.rollout.board import BoardError, MigrationBoard
+from megatron_rlhfuse.rollout.board_values import Board, Report, encode_board
 from megatron_rlhfuse.rollout.samples import GenerationRequest, PartialSample
+from megatron_rlhfuse.rollout.wire import Limits
 
 ITERATION = 3
 WAIT = timedelta(seconds=30)
@@ -167,3 +169,82 @@ def test_deleting_an_iteration_leaves_nothing_of_it_and_all_of_others(store: dis
     here.delete(3)
     assert store.num_keys() == keys
     assert next_one.read().moves(0) == list(migration(2, 3, 8).moves)
+
+
+def in_a_small_job(store: dist.TCPStore) -> MigrationBoard:
+    return MigrationBoard(store, ITERATION, Limits(samples=8, response_tokens=9, instances=3))
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        b"",
+        b"\xff",
+        b"9" * 19,
+        b"8",
+        b"-1",
+        b"9" * 5000,
+        b"{}",
+        partial_sample(8).to_bytes(),
+        partial_sample(4).to_bytes().replace(b"/proc/1/fd/2", b"/etc/passwd/"),
+    ],
+)
+def test_a_strange_sample_is_dropped(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture, strange: bytes
+) -> None:
+    here = in_a_small_job(store)
+    store.queue_push(f"{ITERATION}/tail/samples/1", strange)
+    here.send(1, 4, partial_sample(4))
+    store.queue_push(f"{ITERATION}/tail/samples/1", strange)
+    here.send(1, 5, None)
+    assert [here.receive(1) for _ in range(3)] == [partial_sample(4), 5, None]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and all(f"{ITERATION}/tail/samples/1" in line for line in lines)
+
+
+def test_a_strange_report_is_dropped_and_told_once(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = in_a_small_job(store)
+    here.report(report(0, (4, 10, 3)))
+    for strange in ("", "[]", '{"instance": 1}', "\x00"):
+        store.set(f"{ITERATION}/tail/report/1", strange)
+        for _ in range(3):
+            assert here.reports([0, 1]) == [report(0, (4, 10, 3))]
+    assert len(caplog.records) == 4
+    here.report(report(1))
+    assert here.reports([0, 1]) == [report(0, (4, 10, 3)), report(1)]
+
+
+ACTIONS: dict[str, Callable[[MigrationBoard], object]] = {
+    "read": lambda here: here.read(),
+    "leave": lambda here: here.leave(2, known=1),
+    "publish": lambda here: here.publish(migration(0, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "lacks what was on it before"),
+        ("nonsense", "is no board"),
+        ('{"left":[],"migrations":[{}]}', "is no board .a migration needs"),
+        (encode_board(Board()), "lacks what was on it before"),
+        (encode_board(Board((0,), (migration(2, 1, 4),))), "lacks what was on it before"),
+    ],
+)
+def test_a_board_that_somebody_else_has_changed_ends_the_job(
+    store: dist.TCPStore,
+    action: Callable[[MigrationBoard], object],
+    value: str,
+    message: str,
+) -> None:
+    # Whoever went on with it would lose samples, or have them twice.
+    here = in_a_small_job(store)
+    assert here.publish(migration(0, 1, 4))
+    here.read()
+    store.set(f"{ITERATION}/tail/board", value)
+    store.add(f"{ITERATION}/tail/version", 1)
+    with pytest.raises(BoardError, match=f"{ITERATION}/tail/board .*{message}.*docs/security.md"):
+        action(here)

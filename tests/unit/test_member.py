@@ -315,3 +315,18 @@ def test_in_any_order_of_events_every_sample_is_finished_once(
     assert left == set(range(INSTANCES))
     assert sorted(each for engine in job.engines for each in engine.finished) == [*range(SAMPLES)]
     assert all(job.board.receive(instance) is None for instance in range(INSTANCES))
+
+
+def test_what_is_not_to_come_is_dropped(stage: MakeStage, caplog: pytest.LogCaptureFixture) -> None:
+    job = stage([0, 1], [3])
+    source, destination = job.members
+    job.publish(Move(0, 0, 1, "tokens"))
+    for stray in (partial_sample(1), None):  # well-formed, and another one's
+        job.board.send(1, 1, stray)
+    source.step()
+    job.board.send(1, 0, partial_sample(0))  # a second time
+    destination.step()
+    assert job.has() == [[1], [0, 3]]
+    assert not destination.expects
+    destination.step()
+    assert len(caplog.records) == 2 and "sample 1 is not to come here" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from megatron_rlhfuse.rollout.memory_file import path_of, write_bytes, write_tensors
+from megatron_rlhfuse.rollout.memory_file import (
+    open_memory_file,
+    path_of,
+    write_bytes,
+    write_tensors,
+)
 
 DTYPES = [
     torch.float64,
@@ -127,3 +133,47 @@ def test_a_write_that_fails_leaves_nothing_open() -> None:
     with pytest.raises(TypeError):
         write_bytes("text", "test")  # type: ignore[arg-type]
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_memory_file_is_opened_by_its_path(keep: Keep) -> None:
+    descriptor = open_memory_file(keep(write_bytes(b"keys", "kv")), "kv")
+    with open(descriptor, "rb") as file:
+        assert file.read() == b"keys"
+
+
+def unsealed(folder: Path) -> int:
+    return os.memfd_create("rlhfuse-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def on_disk(folder: Path) -> int:
+    (folder / "memfd:rlhfuse-kv (deleted)").touch()
+    return os.open(folder / "memfd:rlhfuse-kv (deleted)", os.O_RDONLY)
+
+
+def pipe(folder: Path) -> int:
+    os.mkfifo(folder / "pipe")
+    return os.open(folder / "pipe", os.O_RDWR)
+
+
+OTHERS: dict[str, Callable[[Path], int]] = {
+    "another label": lambda folder: write_bytes(b"weights", "weights"),
+    "not sealed": unsealed,
+    "on disk": on_disk,
+    "a device": lambda folder: os.open("/dev/zero", os.O_RDONLY),
+    "a pipe": pipe,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_no_other_file_is_opened(keep: Keep, tmp_path: Path, other: Callable[[Path], int]) -> None:
+    path = keep(other(tmp_path))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises((ValueError, OSError)):
+        open_memory_file(path, "kv")
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "/proc/1/fd/99999", "x"])
+def test_a_path_to_something_else_is_an_error(path: str) -> None:
+    with pytest.raises((ValueError, OSError)):
+        open_memory_file(path, "kv")

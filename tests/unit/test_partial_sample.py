@@ -98,6 +98,7 @@ def test_a_field_too_few_or_too_many_is_refused() -> None:
         (changed(kv_files=["/etc/passwd"]), "want paths of memory files, got '/etc/passwd'"),
         (changed(kv_files=["/proc/1/fd/5/../../mem"]), "want paths of memory files"),
         (changed(kv_files=["/proc/1/fd/5\n"]), "want paths of memory files"),
+        (changed(kv_files=["/proc/self/fd/5"]), "want paths of memory files"),
     ],
 )
 def test_bytes_that_are_no_partial_sample_are_refused(data: bytes, message: str) -> None:

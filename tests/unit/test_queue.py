@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import threading
 import time
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from megatron_rlhfuse.inference.queue import SampleQueue, StageTimeoutError
 from megatron_rlhfuse.inference.scored import ScoredSample
 from megatron_rlhfuse.rollout.samples import Sample
+from megatron_rlhfuse.rollout.wire import MESSAGE_BYTES, Limits
 
 ITERATION = 3
 WAIT = timedelta(seconds=30)
@@ -333,17 +333,158 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_foreign_bytes_are_refused_and_never_unpickled(
-    store: dist.TCPStore, tmp_path: Path
+STRANGE = {
+    "no JSON": b"\x00nonsense",
+    "no UTF-8": b"\xff\xfe",
+    "no object": b"[]",
+    "no fields": b"{}",
+    "deep": b"[" * 50_000,
+    "too large": b" " * (1 << 20),
+    "NaN": sample(1).to_bytes().replace(b"-1.5", b"NaN"),
+    "unknown sample": sample(4).to_bytes(),
+    "unknown token": sample(1).to_bytes().replace(b"[3,4]", b"[3,100]"),
+    "long": Sample(1, (1, 2), (3,) * 9, (-0.5,) * 9, "stop", 2, 0, 1.0, 2.0).to_bytes(),
+}
+LIMITS = Limits(samples=4, prompt_tokens=2, response_tokens=8, vocabulary=100, instances=1)
+
+
+def small_job(store: dist.TCPStore, timeout_s: float = LONG_S) -> SampleQueue:
+    return SampleQueue(store, timeout_s, 1, LIMITS)
+
+
+def drops(caplog: pytest.LogCaptureFixture, queue: str) -> list[str]:
+    """The lines of the log about a queue or key."""
+    lines = [record.getMessage() for record in caplog.records]
+    return [line for line in lines if f"dropped a message of {ITERATION}/{queue} " in line]
+
+
+@pytest.mark.parametrize("message", STRANGE.values(), ids=STRANGE)
+def test_a_strange_message_is_dropped_and_the_queue_goes_on(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture, message: bytes
 ) -> None:
-    # The store listens on a port; anyone who reaches it can push.
-    queue = SampleQueue(store, LONG_S, 1)
+    queue = small_job(store)
+    store.queue_push(f"{ITERATION}/finished", message)
+    fill(queue, 2)
+    store.queue_push(f"{ITERATION}/finished", message)
+    queue.close(ITERATION)
+    assert drain(queue, 3) == [0, 1]
+    assert len(drops(caplog, "finished")) == 2
+
+    for data in (message, *STRANGE.values()):
+        store.queue_push(f"{ITERATION}/scored", data)
+    queue.push_scored(ITERATION, [scored(0), scored(1)])
+    read = [ScoredSample.from_bytes(each).sample for each in queue.collect(ITERATION)]
+    assert read == [sample(0), sample(1)]
+    assert len(drops(caplog, "scored")) >= 8  # a flood has fewer lines than messages
+
+
+def test_foreign_bytes_are_never_unpickled(store: dist.TCPStore, tmp_path: Path) -> None:
+    queue = small_job(store)
     path = tmp_path / "ran"
-    for message in (pickle.dumps(Trap(path)), b"\x00nonsense", b"[]", json.dumps({}).encode()):
-        store.queue_push(f"{ITERATION}/finished", message)
-        with pytest.raises(ValueError):
-            queue.take(ITERATION, 1)
+    for name in ("finished", "scored"):
+        store.queue_push(f"{ITERATION}/{name}", pickle.dumps(Trap(path)))
+    fill(queue, 1)
+    queue.close(ITERATION)
+    assert drain(queue, 1) == [0]
+    queue.push_scored(ITERATION, [scored(0)])
+    assert len(queue.collect(ITERATION)) == 1
     assert not path.exists()
+
+
+def test_a_sample_that_comes_again_is_dropped(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = small_job(store)
+    fill(queue, 2)
+    for _ in range(3):
+        store.queue_push(f"{ITERATION}/finished", sample(1).to_bytes())
+    queue.close(ITERATION)
+    assert drain(queue, 4) == [0, 1]
+    assert len(drops(caplog, "finished")) == 3
+    store.queue_push(f"{ITERATION}/scored", scored(0).to_bytes())
+    queue.push_scored(ITERATION, [scored(0), scored(1)])
+    read = [ScoredSample.from_bytes(each).sample.sample_id for each in queue.collect(ITERATION)]
+    assert read == [0, 1]
+    (line,) = drops(caplog, "scored")
+    assert "sample 0 has been there already" in line
+    fill(queue, 2, ITERATION + 1)  # the same numbers, in another iteration
+    assert len(queue.take(ITERATION + 1, 4)) == 2
+
+
+def test_a_time_out_comes_in_a_flood_of_strange_messages(store: dist.TCPStore) -> None:
+    queue, other = small_job(store, SHORT_S), consumer(store)
+    over = threading.Event()
+
+    def flood() -> None:
+        while not over.is_set():
+            if other._store.queue_len(f"{ITERATION}/finished") < 5000:
+                other._store.queue_push(f"{ITERATION}/finished", b"nonsense")
+
+    with ThreadPoolExecutor(1) as pool:
+        flooding = pool.submit(flood)
+        try:
+            with pytest.raises(StageTimeoutError, match="no sample arrived"):
+                queue.take(ITERATION, 1)
+        finally:
+            over.set()
+        flooding.result(30)
+
+
+def test_samples_behind_a_flood_are_not_lost(store: dist.TCPStore) -> None:
+    queue = small_job(store)
+    for _ in range(2500):
+        store.queue_push(f"{ITERATION}/finished", b"nonsense")
+    fill(queue, 3)
+    queue.close(ITERATION)
+    assert drain(queue, 2) == [0, 1, 2]
+    queue.push_scored(ITERATION, [scored(0)])
+    for _ in range(2500):
+        store.queue_push(f"{ITERATION}/scored", b"nonsense")
+    queue.push_scored(ITERATION, [scored(1), scored(2)])
+    assert len(queue.collect(ITERATION)) == 3
+
+
+def test_strange_notes_are_left_out_and_told_once(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = small_job(store)
+    queue.note_length(ITERATION, 5, 2)
+    for text in ("x,", "1,", "1 2 3,", "9 1,", "1 4,", "\xff 1,", "3 2,"):
+        store.append(f"{ITERATION}/lengths", text)  # type: ignore[attr-defined]
+    queue.note_length(ITERATION, 8, 3)
+    for _ in range(3):
+        assert queue.lengths(ITERATION) == [(5, 2), (8, 3)]
+    store.append(f"{ITERATION}/lengths", "7" * 5000)  # type: ignore[attr-defined]
+    assert queue.lengths(ITERATION) == [(5, 2), (8, 3)]
+    assert len(drops(caplog, "lengths")) == 7  # a prompt's second note is no fault
+
+
+def test_strange_ends_are_left_out(store: dist.TCPStore) -> None:
+    queue = small_job(store)
+    store.append(f"{ITERATION}/ends", "nan,1e999,x,")  # type: ignore[attr-defined]
+    before = time.time()
+    queue.close(ITERATION)
+    assert before <= queue.generation_end(ITERATION) <= time.time()
+    assert before <= queue.generation_end(ITERATION + 1) <= time.time()  # nobody has said
+
+
+def test_no_more_samples_are_counted_than_there_can_be(store: dist.TCPStore) -> None:
+    queue = small_job(store)
+    fill(queue, 4)
+    queue.close(ITERATION)
+    store.add(f"{ITERATION}/finished_count", 1000)
+    assert queue.counts(ITERATION)[0] == 4
+    queue.push_scored(ITERATION, [scored(each) for each in drain(queue, 4)])
+    queue.wait_scored(ITERATION)
+    assert len(queue.collect(ITERATION)) == 4
+
+
+def test_a_sample_that_the_store_does_not_take_is_named(store: dist.TCPStore) -> None:
+    count = MESSAGE_BYTES // 6
+    large = Sample(1, (1,), (3,) * count, (-0.5,) * count, "stop", 2, 0, 1.0, 2.0)
+    with pytest.raises(ValueError, match=r"sample 1 takes .* lower --rollout-max-new-tokens"):
+        SampleQueue(store, LONG_S, 1).push_finished(ITERATION, large)
+    assert consumer(store).counts(ITERATION) == (0, 0)
 
 
 def test_generation_ends_when_the_last_instance_closes(store: dist.TCPStore) -> None:
