@@ -10,25 +10,18 @@ The architecture of every model comes from its Hugging Face folder, never from f
 from __future__ import annotations
 
 import argparse
-import os
-import re
+import signal
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_rlhfuse import compat, platform, terminal
+from megatron_rlhfuse import compat, platform, stop_request, terminal
+from megatron_rlhfuse.algorithm_flags import add_critic, add_models, add_ppo
+from megatron_rlhfuse.flag_check import CHECK_FLAG, check_prompts, ranks_to_check
 from megatron_rlhfuse.flag_error import FlagError
 from megatron_rlhfuse.flag_rules import check_flags
+from megatron_rlhfuse.last_words import refuse
 from megatron_rlhfuse.rollout_flags import add_migration, add_rollout
 from megatron_rlhfuse.validation import complete_flags
-
-PROGRAM = "pretrain_rlhf.py"
-
-_CHECK = "--rlhfuse-check"
-
-_LAST_WORDS_S = 5.0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     Exit status 2 and one line on standard error where a flag is wrong.
     Megatron's own listing of its 900 arguments goes to the run's log, not to the terminal.
     """
-    checked_ranks = _ranks_to_check(sys.argv[1:])
+    checked_ranks = ranks_to_check(sys.argv[1:])
+    stop_request.hear(signal.SIGUSR1)
     terminal.hold_back()
     platform.prepare()
     compat.apply()
@@ -62,73 +56,14 @@ def parse_arguments() -> argparse.Namespace:
         writers = {name: getattr(args, name) for name in ("tensorboard_dir", "wandb_project")}
         args.tensorboard_dir, args.wandb_project = None, ""
         set_global_variables(args, build_tokenizer=False)
+        if args.exit_signal_handler:  # in place of Megatron's, which nobody asks
+            stop_request.hear(args.exit_signal)
         vars(args).update(writers)
         if args.micro_batch_tokens is not None:
             args.micro_batch_size = None
     if checked_ranks:
-        _check_prompts(args, checked_ranks)
+        check_prompts(args, checked_ranks)
     return args
-
-
-def _ranks_to_check(argv: Sequence[str]) -> str | None:
-    """Of --rlhfuse-check; makes this process look like rank 0 of such a job.
-
-    Megatron reads the world from the environment while it parses.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(_CHECK)
-    parser.error = refuse  # type: ignore[method-assign]
-    given = parser.parse_known_args(argv)[0].rlhfuse_check
-    if given is None:
-        return None
-    match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([1-9]\d{0,5})", given)
-    if match is None:
-        refuse(f"{_CHECK} {given}: want a number of ranks, or NODESxRANKS such as 2x8")
-    nodes, ranks = int(match[1] or 1), int(match[2])
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(nodes * ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-    }
-    return str(given)
-
-
-def _check_prompts(args: argparse.Namespace, ranks: str) -> NoReturn:
-    """The rest of what can be checked without starting anything; ends the process."""
-    from megatron_rlhfuse.assembly import load_prompts
-
-    _, dataset = load_prompts(args)
-    resumed = f"; goes on from {args.load}" if args.load else ""
-    print(f"{PROGRAM}: fine for {ranks} rank(s): {len(dataset)} prompts{resumed}")
-    raise SystemExit(0)
-
-
-def refuse(message: str) -> NoReturn:
-    """Ends the process with status 2; one line, from one rank of each node.
-
-    A folder or file may be missing on one node alone.
-    """
-    _complain(message)
-    raise SystemExit(2)
-
-
-def give_up(message: str) -> NoReturn:
-    """Ends the process with status 1; one line, from one rank of each node.
-
-    For what is no flag's fault, such as a full disk; a traceback would hide it.
-    """
-    _complain(message)
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        # torchrun ends the ranks as soon as one has ended: not before one has said why.
-        time.sleep(_LAST_WORDS_S)
-    raise SystemExit(1)
-
-
-def _complain(message: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        line = " ".join(message.split())
-        print(f"{PROGRAM}: error: {line}", file=sys.stderr, flush=True)
 
 
 def _raised_at(fault: BaseException) -> str:
@@ -143,7 +78,7 @@ def add_rlhfuse_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     """Adds every group; Megatron's `extra_args_provider`."""
     # argparse would print all 900 flags before it says which one is wrong.
     parser.error = refuse  # type: ignore[method-assign]
-    for add in (_add_run, add_migration, _add_models, add_rollout, _add_critic, _add_ppo):
+    for add in (_add_run, add_migration, add_models, add_rollout, add_critic, add_ppo):
         add(parser)
     needed = compat.default_flags() | platform.default_flags()
     parser.set_defaults(
@@ -256,7 +191,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "where given: for jobs that torchrun or a scheduler starts again",
     )
     add(
-        _CHECK,
+        CHECK_FLAG,
         metavar="RANKS",
         help="check flags, models and prompts for a job of so many ranks, on NODESxRANKS a number "
         "of ranks on each node, and end; starts nothing",
@@ -274,132 +209,4 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="write the trained actor and critic as Hugging Face folders DIR/actor, DIR/critic "
         "at the end of the run",
-    )
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "rlhfuse models", "Hugging Face folders (Llama, Qwen2, Qwen3 dense)"
-    )
-    add = group.add_argument
-    add("--actor-model", metavar="DIR", help="the policy to train; its tokenizer reads the prompts")
-    add(
-        "--critic-model",
-        metavar="DIR",
-        help="initial critic (default: --reward-model, else --actor-model with a new value head)",
-    )
-    add("--reward-model", metavar="DIR", help="sequence-classification model with one label")
-    add(
-        "--reference-model",
-        metavar="DIR",
-        help="frozen policy of the KL term (default: --actor-model)",
-    )
-    add(
-        "--reward-function",
-        metavar="PACKAGE.MODULE:NAME",
-        help="Python function scoring a response; added to the reward model's score if both are "
-        "given. Called as f(prompt=str, response=str, fields=dict) -> float",
-    )
-    add(
-        "--prompt-data",
-        nargs="+",
-        metavar="FILE",
-        help="JSON lines with `prompt`, or chat `messages` for the tokenizer's chat template",
-    )
-
-
-def _add_critic(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("critic", "what differs from the actor; default: the same")
-    add = group.add_argument
-    add("--critic-tensor-model-parallel-size", type=int, metavar="N", help="tensor parallelism")
-    add("--critic-pipeline-model-parallel-size", type=int, metavar="N", help="pipeline stages")
-    add("--critic-micro-batch-size", type=int, metavar="N", help="samples of one forward pass")
-    add("--critic-micro-batch-tokens", type=int, metavar="N", help="tokens of one forward pass")
-    add("--critic-lr", type=float, help="peak learning rate")
-    add("--critic-min-lr", type=float, help="final learning rate")
-    add("--critic-lr-warmup-iters", type=int, metavar="N", help="linear warm-up, in PPO iterations")
-    add("--critic-clip-grad", type=float, help="gradient norm clipping")
-    add("--critic-weight-decay", type=float, help="weight decay")
-    add(
-        "--critic-warmup-iters",
-        type=int,
-        default=0,
-        metavar="N",
-        help="iterations at the start in which only the critic is trained",
-    )
-
-
-def _add_ppo(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("ppo", "the algorithm")
-    add = group.add_argument
-    add(
-        "--advantage-estimator",
-        choices=["gae", "grpo", "rloo", "reinforce++"],
-        default="gae",
-        help="the last three train without a critic",
-    )
-    add("--ppo-epochs", type=int, default=1, metavar="N", help="passes over the rollout batch")
-    add("--ppo-clip", type=float, default=0.2, help="clip range of the probability ratio")
-    add("--ppo-clip-high", type=float, help="upper clip range (default: --ppo-clip)")
-    add("--ppo-dual-clip", type=float, help="bound on the loss where the advantage is negative")
-    add("--ppo-value-clip", type=float, default=0.2, help="clip range of the value; 0 is off")
-    add("--ppo-entropy-coef", type=float, default=0.0, help="weight of the entropy bonus")
-    add("--ppo-kl-coef", type=float, default=0.05, help="weight of the KL term; 0 is off")
-    add(
-        "--ppo-kl-placement",
-        choices=["reward", "loss"],
-        default="reward",
-        help="KL as a per-token penalty in the reward, or as a term of the loss",
-    )
-    add(
-        "--ppo-kl-estimator",
-        choices=["k1", "k2", "k3"],
-        help="estimator of the KL (default: k1 in the reward, k3 in the loss)",
-    )
-    add("--ppo-kl-target", type=float, help="adapt --ppo-kl-coef to hold this KL per sequence")
-    add(
-        "--ppo-kl-horizon",
-        type=int,
-        default=10000,
-        metavar="SAMPLES",
-        help="time constant of that adaptation",
-    )
-    add("--ppo-gamma", type=float, default=1.0, help="discount")
-    add("--ppo-lambda", type=float, default=0.95, help="GAE's lambda")
-    add(
-        "--ppo-whiten-advantages",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="advantages to mean 0 and variance 1 over the rollout batch (gae only)",
-    )
-    add(
-        "--ppo-grpo-normalize-std",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="divide GRPO's advantages by the group's standard deviation",
-    )
-    add(
-        "--ppo-loss-aggregation",
-        choices=["token-mean", "sequence-mean"],
-        default="token-mean",
-        help="weight of a token: equal over the mini-batch, or equal per sequence",
-    )
-    add(
-        "--ppo-early-stop-kl",
-        type=float,
-        help="skip the remaining updates of an iteration once the KL to the policy that made "
-        "the samples exceeds this",
-    )
-    add(
-        "--ppo-tis-cap",
-        type=float,
-        help="correct the difference between rollout and training log-probabilities by "
-        "importance weights truncated here",
-    )
-    add("--ppo-reward-clip", type=float, help="clip the score of a sample to +- this")
-    add(
-        "--ppo-missing-eos-penalty",
-        type=float,
-        default=0.0,
-        help="subtracted from the score of a response cut at --rollout-max-new-tokens",
     )

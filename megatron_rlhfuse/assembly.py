@@ -13,11 +13,11 @@ from datetime import timedelta
 from typing import Any
 
 from megatron_rlhfuse import network, terminal
-from megatron_rlhfuse.arguments import refuse
 from megatron_rlhfuse.data import Prompt, PromptDataset
 from megatron_rlhfuse.inference.instance import InferenceInstance, InferenceModels
 from megatron_rlhfuse.inference.queue import SampleQueue
 from megatron_rlhfuse.inference.reward_function import call_reward_function, load_reward_function
+from megatron_rlhfuse.last_words import refuse
 from megatron_rlhfuse.layouts import training_layouts
 from megatron_rlhfuse.models.build import build_model
 from megatron_rlhfuse.models.hf_config import Head, ModelShape, apply_shape

@@ -4,6 +4,9 @@ A job is asked by a file named `stop` in its run folder, by SIGUSR1 to any of it
 Megatron's `--exit-signal-handler` (SIGTERM, or `--exit-signal`), `--exit-duration-in-mins` and
 `--exit-interval`. What was asked of one rank all ranks do: they agree once in an iteration.
 
+A file `stop` from before the job was launched is an old one: it is removed. Where torchrun starts
+ranks again that is the same launch.
+
 A job that was stopped so leaves `stopped.json`, by which a script knows that there is more to do.
 """
 
@@ -14,6 +17,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +33,19 @@ STOPPED_FILE = "stopped.json"
 # Numbers travel between ranks; of several reasons the last one here is told.
 _REASONS = ("--exit-interval", "--exit-duration-in-mins", "a signal", f"a file named {STOP_FILE}")
 
+_signalled = False
+"""Whether this process has got a signal that asks to stop."""
+
+
+def hear(number: signal.Signals) -> None:
+    """Takes a signal for a request from now on; it may come long before the first iteration."""
+    signal.signal(number, _take_signal)
+
+
+def _take_signal(number: int, frame: FrameType | None) -> None:
+    global _signalled
+    _signalled = True
+
 
 class StopRequest:
     """This rank's ear. `after` is the iteration after which all ranks have agreed to stop, where
@@ -37,24 +54,19 @@ class StopRequest:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._folder = Path(args.rlhfuse_run_dir)
-        self._signalled = False
         self._started = time.monotonic()
         self.after: int | None = None
         self.reason = ""
 
-    def listen(self) -> None:
-        """Begins to take signals, and clears what an earlier job has left in the run folder.
-
-        A file `stop` stays where torchrun has started the ranks again: it is meant for this job.
-        """
-        # Engines and the writers of a checkpoint are told by their rank.
-        signal.signal(signal.SIGUSR1, self._take_signal)
-        if self._args.exit_signal_handler:
-            signal.signal(self._args.exit_signal, self._take_signal)
-        if self._args.rank == 0:
-            (self._folder / STOPPED_FILE).unlink(missing_ok=True)
-            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-                (self._folder / STOP_FILE).unlink(missing_ok=True)
+    def clear(self) -> None:
+        """Removes what an earlier job has left in the run folder. Rank 0's."""
+        if self._args.rank != 0:
+            return
+        (self._folder / STOPPED_FILE).unlink(missing_ok=True)
+        stop = self._folder / STOP_FILE
+        with suppress(OSError):
+            if stop.stat().st_mtime < _launched():
+                stop.unlink()
 
     def agree(self, iteration: int) -> bool:
         """Whether the job ends after this iteration. COLLECTIVE over all ranks."""
@@ -84,10 +96,27 @@ class StopRequest:
         found = (
             bool(args.exit_interval) and iteration % args.exit_interval == 0,
             args.exit_duration_in_mins is not None and minutes > args.exit_duration_in_mins,
-            self._signalled,
-            args.rank == 0 and (self._folder / STOP_FILE).exists(),
+            _signalled,
+            args.rank == 0 and _exists(self._folder / STOP_FILE),
         )
         return max(number for number, asked in enumerate((True, *found)) if asked)
 
-    def _take_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+
+def _exists(path: Path) -> bool:
+    """Whether a file is there; False where that cannot be told, until the next time."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _launched() -> float:
+    """time.time() at which the process was started that has started this one: torchrun."""
+    after_name = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(after_name[19])  # since the machine's start
+    (booted,) = (
+        int(line.split()[1])
+        for line in Path("/proc/stat").read_text().splitlines()
+        if line.startswith("btime ")
+    )
+    return booted + ticks / os.sysconf("SC_CLK_TCK")

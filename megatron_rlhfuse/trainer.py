@@ -13,8 +13,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_rlhfuse import platform
-from megatron_rlhfuse.arguments import give_up, refuse
+from megatron_rlhfuse import last_words, platform
 from megatron_rlhfuse.assembly import (
     Inference,
     build_trained_models,
@@ -34,11 +33,14 @@ from megatron_rlhfuse.rollout.stage import GenerationStage
 from megatron_rlhfuse.rollout_times import RolloutTimes
 from megatron_rlhfuse.run_record import RunRecord
 from megatron_rlhfuse.stop_request import StopRequest
-from megatron_rlhfuse.training.checkpoint import load_checkpoint, save_checkpoint
-from megatron_rlhfuse.training.checkpoint_folder import CheckpointError
+from megatron_rlhfuse.training.checkpoint import agree_on_load, load_checkpoint, save_checkpoint
+from megatron_rlhfuse.training.checkpoint_folder import CheckpointError, remove_partial
 from megatron_rlhfuse.training.experience import Experience, build_experience
 from megatron_rlhfuse.training.fused_training import FusedTraining
 from megatron_rlhfuse.training.ppo import PPO, advantage_options
+
+# For rank 0 to remove what a save has left that failed, before other ranks end.
+_TIDYING_S = 60.0
 
 
 class Trainer:
@@ -77,7 +79,7 @@ class Trainer:
 
     def _set_up(self) -> None:
         args = self.args
-        self.stop.listen()
+        self.stop.clear()
         platform.set_up_rank(args.local_rank)
         self.generation.start()  # engines take longest: they load while the models are built
         self._load_prompts()
@@ -98,6 +100,7 @@ class Trainer:
             horizon=args.ppo_kl_horizon,
         )
         self.start_iteration = 0
+        agree_on_load(args)
         if args.load:
             self._resume()
         self.run.open(self.start_iteration)
@@ -244,7 +247,13 @@ class Trainer:
             progress = self._progress(iteration)
             save_checkpoint(self.args, iteration, self.models.by_name(), progress)
         except CheckpointError as fault:
-            give_up(str(fault))
+            if fault.is_own or last_words.is_spokesman():
+                last_words.complain(str(fault))
+            if dist.get_rank() == 0:
+                remove_partial(Path(self.args.save), iteration)
+            else:  # torchrun ends all ranks as soon as one has ended
+                time.sleep(_TIDYING_S)
+            raise SystemExit(1) from fault
 
     def _resume(self) -> None:
         try:
@@ -260,7 +269,7 @@ class Trainer:
                 self.lengths.load_state_dict(progress["lengths"])
             self.kl_controller.load_state_dict(progress["kl"])
         except (CheckpointError, ValueError) as fault:
-            refuse(str(fault))
+            last_words.refuse(str(fault))
         self.start_iteration = int(progress["iteration"])
         self.ppo.optimizer_steps = int(progress["optimizer_steps"])
 

@@ -228,7 +228,7 @@ def _check_folders(args: argparse.Namespace) -> None:
                         f"--save-hf {args.save_hf} would replace {folder} of --{name}-model: "
                         "choose another folder"
                     )
-    if args.load:
+    if args.load and args.rank == 0:  # whose word counts: others may see new files later
         from megatron_rlhfuse.training.checkpoint_folder import (
             CheckpointError,
             latest_checkpoint,

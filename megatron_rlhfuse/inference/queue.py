@@ -291,9 +291,12 @@ class SampleQueue:
         pause = _POLL_S
         while not ready():
             if time.monotonic() > deadline:
+                dropped = (
+                    f" ({self._drops.total} dropped, see the log)" if self._drops.total else ""
+                )
                 raise StageTimeoutError(
-                    f"{describe()} within {self._timeout_s:.0f} s; a slow stage needs a larger "
-                    "--rlhfuse-stage-timeout"
+                    f"{describe()} within {self._timeout_s:.0f} s{dropped}; a slow stage needs a "
+                    "larger --rlhfuse-stage-timeout"
                 )
             time.sleep(pause)
             pause = min(1.05 * pause, _SLOWEST_POLL_S)

@@ -44,18 +44,29 @@ def repair(path: Path) -> None:
                 file.write(b"\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, durable: bool = False) -> None:
     """Writes `text` to `path` so that a kill leaves the old content or the new, never a mix.
 
-    A link stays and its target is written; a pipe or a device is written to as it is.
+    A link stays and its target is written; a pipe or a device is written to as it is. durable: it
+    is on the disk when this returns, so that a machine that fails leaves no mix either.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(partial, path)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _strict(value: Any) -> Any:

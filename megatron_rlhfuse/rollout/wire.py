@@ -158,6 +158,11 @@ class DropLog:
         self._dropped: Counter[str] = Counter()
         self._said: set[tuple[str, bytes]] = set()
 
+    @property
+    def total(self) -> int:
+        """Messages that were dropped so far."""
+        return self._dropped.total()
+
     def add(self, place: str, fault: object, content: bytes | None = None) -> None:
         """place: the queue or key that the message came from; content: of a key, whose value is
         read again and again, what is to be told only once."""

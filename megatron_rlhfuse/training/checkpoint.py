@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import random
 import shutil
 from collections.abc import Collection, Mapping
@@ -28,18 +29,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
 from megatron_rlhfuse.training.checkpoint_folder import (
     CheckpointError,
     describe,
     folder_of,
     latest_checkpoint,
+    latest_iteration,
     make_latest,
-    remove_old,
-    remove_partial,
+    remove_previous,
 )
-from megatron_rlhfuse.training.integrity import check_manifest, write_manifest
+from megatron_rlhfuse.training.integrity import check_manifest, read_manifest, write_manifest
 from megatron_rlhfuse.training.save_errors import SaveErrors
 from megatron_rlhfuse.training.trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -63,16 +67,16 @@ def save_checkpoint(
         with SaveErrors() as errors:
             folder = _write(args, iteration, models, progress)
         if dist.get_rank() == 0:
+            previous = latest_iteration(root)
             make_latest(root, iteration)
-            if args.save_retain_interval:
-                remove_old(root, iteration, args.save_retain_interval)
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as fault:
-        state = describe(root)  # before the room is given back
-        if dist.get_rank() == 0:
-            remove_partial(root, iteration)
+            if args.save_retain_interval and previous != iteration:
+                remove_previous(root, previous, args.save_retain_interval)
+    except (OSError, CheckpointingException, CheckpointException) as fault:
+        logger.exception("the checkpoint of iteration %d", iteration)
         raise CheckpointError(
             f"the checkpoint of iteration {iteration} cannot be written to {root}: "
-            f"{errors.describe(fault)}; {state}"
+            f"{errors.describe(fault)}; {describe(root)}",
+            is_own=isinstance(fault, OSError),
         ) from fault
     dist.barrier()
     return folder
@@ -89,7 +93,8 @@ def _write(
     folder = folder_of(Path(args.save), iteration)
     if dist.get_rank() == 0:
         # What a killed save left behind is not the latest checkpoint, so nobody needs it.
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
     dist.barrier()
     stepped = [name for name, model in models.items() if model.has_stepped]
@@ -113,8 +118,8 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
 
-    folder = latest_checkpoint(args.load)
-    check_manifest(folder)
+    folder, manifest = _agree_on_latest(args)
+    check_manifest(folder, manifest)
     try:
         stored = dist_checkpointing.load_common_state_dict(str(folder))
         _check_shapes(stored["shapes"], models, folder)
@@ -142,6 +147,30 @@ def load_checkpoint(args: argparse.Namespace, models: Mapping[str, TrainedModel]
     if with_random:
         _restore_random_state(state["actor"]["random"][0])
     return dict(state["progress"])
+
+
+def agree_on_load(args: argparse.Namespace) -> None:
+    """Makes `--load` what it is on rank 0. COLLECTIVE.
+
+    With --rlhfuse-auto-resume it depends on files, which a shared file system shows to some later.
+    """
+    told = [f"={args.load or ''}".encode()] if dist.get_rank() == 0 else None
+    args.load = broadcast_messages(told, 0)[0].decode()[1:] or None
+
+
+def _agree_on_latest(args: argparse.Namespace) -> tuple[Path, bytes]:
+    """The latest checkpoint, and its checksums, as rank 0 sees them. COLLECTIVE."""
+    told: list[bytes] | None = None
+    if dist.get_rank() == 0:
+        try:
+            found = latest_checkpoint(args.load)
+            told = [b"found", found.name.encode(), b"=" + read_manifest(found)]
+        except (CheckpointError, OSError) as fault:
+            told = [b"refused", str(fault).encode()]
+    verdict, text, *manifest = broadcast_messages(told, 0)
+    if verdict == b"refused":
+        raise CheckpointError(text.decode())
+    return Path(args.load) / text.decode(), manifest[0][1:]
 
 
 def _sharded_state(

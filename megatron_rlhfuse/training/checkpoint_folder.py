@@ -10,20 +10,27 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 from megatron_rlhfuse.observe.jsonl import write_atomically
 
+logger = logging.getLogger(__name__)
+
 TRACKER = "latest_checkpointed_iteration.txt"
 
-_WRITTEN_LAST = "metadata.json"
-"""Of Megatron's own files."""
+INTEGRITY = "integrity.json"
+"""Written last of a checkpoint's files; Megatron's name for it."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, of another job, or cannot be written; the message names
-    the folder."""
+    the folder. `is_own`: other ranks may not know of it."""
+
+    def __init__(self, message: str, is_own: bool = False) -> None:
+        super().__init__(message)
+        self.is_own = is_own
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -45,17 +52,18 @@ def latest_checkpoint(root: str | Path) -> Path:
             "start from --actor-model"
         )
     text = tracker.read_text(errors="replace").strip()
-    path = folder_of(Path(root), int(text)) if text.isdecimal() and text.isascii() else None
-    if path is None or not path.is_dir():
+    number = int(text) if text.isdecimal() and text.isascii() else None
+    if number is None or not folder_of(Path(root), number).is_dir():
+        others = _others(root, number)
         raise CheckpointError(
-            f"{tracker} says {text[:40]!r}, which names no checkpoint in {root}{_others(root)}"
+            f"{tracker} says {text[:40]!r}, which names no checkpoint in {root}{others}"
         )
-    return path
+    return folder_of(Path(root), number)
 
 
 def make_latest(root: Path, iteration: int) -> None:
     """Says that the checkpoint of an iteration is complete."""
-    write_atomically(root / TRACKER, f"{iteration}\n")
+    write_atomically(root / TRACKER, f"{iteration}\n", durable=True)
 
 
 def remove_partial(root: Path, iteration: int) -> None:
@@ -65,11 +73,30 @@ def remove_partial(root: Path, iteration: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_old(root: Path, latest: int, interval: int) -> None:
-    """Removes checkpoints from before the latest, but those of multiples of `interval`."""
-    for number, folder in _folders(root):
-        if number < latest and number % interval:
-            shutil.rmtree(folder)
+def remove_previous(root: Path, previous: int | None, interval: int) -> None:
+    """Removes the checkpoint that was the latest before, unless of a multiple of `interval`.
+
+    One that cannot be removed stays, with a warning: the job has saved, and can go on.
+    """
+    if previous is None or previous % interval == 0:
+        return
+    try:
+        shutil.rmtree(folder_of(root, previous))
+    except OSError as fault:
+        logger.warning("the checkpoint before the latest one stays: %s", fault)
+
+
+def latest_iteration(root: str | Path) -> int | None:
+    """The number of the newest complete checkpoint; None without one that can be told."""
+    try:
+        return number_of(latest_checkpoint(root))
+    except CheckpointError:
+        return None
+
+
+def number_of(folder: Path) -> int:
+    """The iteration of a checkpoint's folder."""
+    return int(folder.name.removeprefix("iter_"))
 
 
 def describe(root: Path) -> str:
@@ -86,21 +113,20 @@ def describe(root: Path) -> str:
 def another_checkpoint(folder: Path) -> str:
     """How to go on from another one than this, for the end of an error message; empty where there
     is none."""
-    return _others(folder.parent, folder)
+    return _others(folder.parent, number_of(folder))
 
 
-def _others(root: str | Path, without: Path | None = None) -> str:
-    numbers = [number for number, folder in _complete(Path(root)) if folder != without]
-    if not numbers:
+def _others(root: str | Path, without: int | None) -> str:
+    found = [number for number in _complete(Path(root)) if number != without]
+    if not found:
         return ""
-    return f"; to go on from another one write its number into {TRACKER}: {max(numbers)}"
+    # A later one may be of a line that was given up.
+    earlier = [number for number in found if without is None or number < without]
+    return f"; to go on from another one write its number into {TRACKER}: {max(earlier or found)}"
 
 
-def _complete(root: Path) -> list[tuple[int, Path]]:
-    """Iterations and folders of checkpoints that Megatron has finished."""
-    return [each for each in _folders(root) if (each[1] / _WRITTEN_LAST).is_file()]
-
-
-def _folders(root: Path) -> list[tuple[int, Path]]:
-    named = ((each.name.removeprefix("iter_"), each) for each in root.glob("iter_*"))
-    return [(int(name), each) for name, each in named if name.isdecimal() and each.is_dir()]
+def _complete(root: Path) -> list[int]:
+    """Iterations of checkpoints with the file that is written last."""
+    folders = (each for each in root.glob("iter_*") if (each / INTEGRITY).is_file())
+    names = (each.name.removeprefix("iter_") for each in folders)
+    return [int(name) for name in names if name.isdecimal()]

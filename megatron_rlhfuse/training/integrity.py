@@ -2,12 +2,16 @@
 
 The file is Megatron's `integrity.json` (`--verify-integrity` of a Megatron job reads it), but each
 rank reads a share of the checkpoint: on Megatron's way rank 0 reads all of it while others wait.
+Sums are of what can be read back after the save: they show what has changed since.
+
+Which files there are is rank 0's word: on a shared file system others may see them later.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,7 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlhfuse import platform
-from megatron_rlhfuse.training.checkpoint_folder import CheckpointError, another_checkpoint
+from megatron_rlhfuse.observe.jsonl import write_atomically
+from megatron_rlhfuse.pipeline.broadcast import broadcast_messages
+from megatron_rlhfuse.training.checkpoint_folder import (
+    INTEGRITY,
+    CheckpointError,
+    another_checkpoint,
+)
 
 _ALGORITHM = "sha256"
 _BYTES = 32
@@ -23,56 +33,66 @@ _BYTES = 32
 
 def write_manifest(folder: Path) -> None:
     """Notes the sums of all files of a checkpoint, which all ranks have written. COLLECTIVE."""
-    from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
-
-    names = sorted(each.name for each in folder.iterdir() if each.name != INTEGRITY_FNAME)
+    mine: list[bytes] | None = None
+    if dist.get_rank() == 0:
+        files = (each for each in folder.iterdir() if each.is_file() and each.name != INTEGRITY)
+        mine = [each.name.encode() for each in sorted(files)]
+    names = [name.decode() for name in broadcast_messages(mine, 0)]
     sums = torch.zeros(len(names), _BYTES, dtype=torch.uint8)
-    for number in _share(len(names)):
-        sums[number] = _sum_of(folder / names[number])
+    for number in _written_here(names):
+        sums[number] = torch.frombuffer(
+            bytearray(_sum_of(folder / names[number])), dtype=sums.dtype
+        )
     sums = _combine(sums)
     if dist.get_rank() == 0:
-        files = {name: bytes(row.tolist()).hex() for name, row in zip(names, sums, strict=True)}
-        text = json.dumps({"algorithm": _ALGORITHM, "files": files})
-        (folder / INTEGRITY_FNAME).write_text(text, encoding="utf-8")
+        table = {name: bytes(row.tolist()).hex() for name, row in zip(names, sums, strict=True)}
+        text = json.dumps({"algorithm": _ALGORITHM, "files": table})
+        write_atomically(folder / INTEGRITY, text, durable=True)
 
 
-def check_manifest(folder: Path) -> None:
+def read_manifest(folder: Path) -> bytes:
+    """What `check_manifest` takes; empty of a checkpoint that was written without sums."""
+    try:
+        return (folder / INTEGRITY).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def check_manifest(folder: Path, manifest: bytes) -> None:
     """Compares a checkpoint with its sums. COLLECTIVE.
 
-    Raises CheckpointError, on all ranks, that names the files which are not as they were written.
-    A checkpoint without sums passes: it was written without them.
+    manifest: `read_manifest` of one rank. Raises CheckpointError, on all ranks, that names the
+    files which are not as they were written.
     """
-    from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
-
-    manifest = folder / INTEGRITY_FNAME
-    if not manifest.is_file():
+    if not manifest:
         return
     try:
-        content = json.loads(manifest.read_bytes())
+        content = json.loads(manifest)
         files = {str(name): bytes.fromhex(value) for name, value in content["files"].items()}
         if content["algorithm"] != _ALGORITHM or any(len(v) != _BYTES for v in files.values()):
             raise ValueError(f"no list of {_ALGORITHM} sums")
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(
-            f"{manifest} is damaged: {fault}{another_checkpoint(folder)}"
+            f"{folder / INTEGRITY} is damaged: {fault}{another_checkpoint(folder)}"
         ) from fault
     names = sorted(files)
     wrong = torch.zeros(len(names), dtype=torch.uint8)
-    for number in _share(len(names)):
-        path = folder / names[number]
-        found = bytes(_sum_of(path).tolist()) if path.is_file() else b""
-        wrong[number] = found != files[names[number]]
+    for number in range(dist.get_rank(), len(names), dist.get_world_size()):
+        wrong[number] = not _is_as_written(folder / names[number], files[names[number]])
     damaged = [name for name, flag in zip(names, _combine(wrong).tolist(), strict=True) if flag]
     if damaged:
         raise CheckpointError(
-            f"{folder} is damaged: {', '.join(damaged)} is not what was written (SHA-256 differs); "
-            f"restore it from a copy{another_checkpoint(folder)}"
+            f"{folder} is damaged: {', '.join(damaged)} is not what was written (SHA-256 differs, "
+            f"or it cannot be read); restore it from a copy{another_checkpoint(folder)}"
         )
 
 
-def _share(count: int) -> range:
-    """The files that this rank reads."""
-    return range(dist.get_rank(), count, dist.get_world_size())
+def _written_here(names: Iterable[str]) -> list[int]:
+    """The files that this rank has written: no other has to fetch them. The others are rank 0's."""
+    rank = dist.get_rank()
+    ranks = {f"__{each}_": each for each in range(dist.get_world_size())}
+    writers = [ranks.get(name[: name.find("_", 2) + 1], 0) for name in names]
+    return [number for number, writer in enumerate(writers) if writer == rank]
 
 
 def _combine(table: Tensor) -> Tensor:
@@ -82,7 +102,13 @@ def _combine(table: Tensor) -> Tensor:
     return table.cpu()
 
 
-def _sum_of(path: Path) -> Tensor:
+def _is_as_written(path: Path, expected: bytes) -> bool:
+    try:
+        return _sum_of(path) == expected
+    except OSError:
+        return False
+
+
+def _sum_of(path: Path) -> bytes:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, _ALGORITHM).digest()
-    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        return hashlib.file_digest(file, _ALGORITHM).digest()

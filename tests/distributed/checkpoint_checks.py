@@ -78,6 +78,7 @@ def resume(folder: str) -> Results:
         "other layout": _other_layout(trainer),
         "refusals": _refusals(trainer, root),
         "crash before the tracker": _crash_before_the_tracker(trainer),
+        "disagreement": _disagreement(trainer),
         "full disk": _full_disk(trainer),
     }
 
@@ -283,6 +284,22 @@ def _flip_a_byte(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def _disagreement(trainer: Any) -> dict[str, str]:
+    """What is loaded where rank 1 sees another --load and another checkpoint than rank 0."""
+    from megatron_rlhfuse.training import checkpoint
+
+    args = changed(trainer.args, load=trainer.args.save if dist.get_rank() == 0 else None)
+    checkpoint.agree_on_load(args)
+    latest = checkpoint.latest_checkpoint
+    if dist.get_rank() == 1:
+        checkpoint.latest_checkpoint = lambda root: Path(root) / "iter_0000002"
+    try:
+        progress = checkpoint.load_checkpoint(args, trainer.models.by_name())
+    finally:
+        checkpoint.latest_checkpoint = latest
+    return {"load": Path(args.load).name, "iteration": progress["iteration"]}
+
+
 def _refusal(args: Any, models: Any, folder: Path) -> str:
     from megatron_rlhfuse.training.checkpoint import load_checkpoint
     from megatron_rlhfuse.training.checkpoint_folder import CheckpointError
@@ -320,10 +337,13 @@ def _crash_before_the_tracker(trainer: Any) -> str:
 
 def _full_disk(trainer: Any) -> Results:
     """A save during which one rank finds no room, what is left of it, and the next one."""
-    from megatron_rlhfuse.training.checkpoint import save_checkpoint
-    from megatron_rlhfuse.training.checkpoint_folder import CheckpointError, latest_checkpoint
+    from megatron_rlhfuse import last_words
+    from megatron_rlhfuse import trainer as trainer_module
+    from megatron_rlhfuse.training.checkpoint_folder import latest_checkpoint
 
-    args, models = trainer.args, trainer.models.by_name()
+    said: list[str] = []
+    last_words.complain = said.append
+    trainer_module._TIDYING_S = 0.0  # the ranks of this test go on
     fsync = os.fsync
 
     def no_room(descriptor: int) -> None:
@@ -332,20 +352,22 @@ def _full_disk(trainer: Any) -> Results:
     if dist.get_rank() == 1:
         os.fsync = no_room
     try:
-        save_checkpoint(args, 8, models, {"iteration": 8})
-        message = "no error"
-    except CheckpointError as error:
-        message = str(error)
+        trainer._save(8)
+        status = None
+    except SystemExit as end:
+        status = end.code
     finally:
         os.fsync = fsync
     dist.barrier()
-    left = sorted(each.name for each in Path(args.save).glob("iter_*8"))
-    latest = latest_checkpoint(args.save).name
+    root = trainer.args.save
+    left = sorted(each.name for each in Path(root).glob("iter_*8"))
+    latest = latest_checkpoint(root).name
     dist.barrier()
-    save_checkpoint(args, 8, models, {"iteration": 8})
+    trainer._save(8)
     return {
-        "message": message,
+        "said": said,
+        "status": status,
         "left": left,
         "latest": latest,
-        "then": latest_checkpoint(args.save).name,
+        "then": latest_checkpoint(root).name,
     }

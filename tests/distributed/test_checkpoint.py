@@ -121,12 +121,19 @@ def test_a_checkpoint_without_sums_is_loaded(resumed: list[Results]) -> None:
     assert {rank["refusals"]["without sums"] for rank in resumed} == {"accepted"}
 
 
+def test_rank_0_says_what_is_loaded(resumed: list[Results]) -> None:
+    """A shared file system may show others an earlier checkpoint, or none."""
+    for rank in resumed:
+        assert rank["disagreement"] == {"load": "checkpoints", "iteration": 4}
+
+
 def test_a_full_disk_costs_no_more_than_that_checkpoint(resumed: list[Results]) -> None:
     full = [rank["full disk"] for rank in resumed]
     for rank in full:
-        assert rank["message"].startswith("the checkpoint of iteration 8 cannot be written to ")
-        assert rank["message"].endswith("; the latest checkpoint is still iter_0000004")
+        assert rank["status"] == 1
         assert rank["left"] == [] and rank["latest"] == "iter_0000004"
         assert rank["then"] == "iter_0000008"
-    assert "No space left on device" in full[1]["message"]  # the rank that saw it
-    assert "rank 1" in full[0]["message"]
+    (message,) = (line for rank in full for line in rank["said"])  # of all ranks one speaks
+    assert message.startswith("the checkpoint of iteration 8 cannot be written to ")
+    assert "rank 1: " in message
+    assert message.endswith("; the latest checkpoint is still iter_0000004")

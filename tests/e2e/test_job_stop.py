@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.jobs import Job, run_paced
 from tests.e2e.runs import assert_equal_weights, metrics, same_everywhere
 
-ITERATIONS = 8
+ITERATIONS = 12
 FLAGS = {
     "rollout_pace": 0.02,
     "train_iters": ITERATIONS,

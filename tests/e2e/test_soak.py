@@ -102,9 +102,10 @@ def test_nothing_grows(watched: Watched) -> None:
         early, late = (
             [each for each in holdings if each.iteration in span] for span in (EARLY, LATE)
         )
-        assert len(early) >= 8 and len(late) >= 8, pid
-        # What is open for a moment, such as a file that is being written, counts in both.
-        assert max(e.descriptors for e in late) <= max(e.descriptors for e in early), pid
-        assert max(e.shared for e in late) <= max(e.shared for e in early), pid
+        assert len(early) >= 5 and len(late) >= 5, pid
+        # Not the most: a file that is being written may be seen in one span alone.
+        for field in ("descriptors", "shared"):
+            held = [st.median(getattr(each, field) for each in span) for span in (early, late)]
+            assert held[1] <= held[0], (pid, field, held)
         growth = st.median(e.memory for e in late) - st.median(e.memory for e in early)
         assert growth < LEAK_BYTES * (LATE.start - EARLY.start), (pid, growth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -23,11 +25,13 @@ TAKEN = (signal.SIGUSR1, signal.SIGUSR2)
 def one_rank(tmp_path: Path) -> Iterator[None]:
     """A process group of this process, and its signal handlers put back."""
     handlers = {number: signal.getsignal(number) for number in TAKEN}
+    stop_request._signalled = False
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    stop_request._signalled = False
 
 
 def listener(folder: Path, **changed: Any) -> StopRequest:
@@ -35,13 +39,11 @@ def listener(folder: Path, **changed: Any) -> StopRequest:
         "rlhfuse_run_dir": str(folder),
         "rank": 0,
         "train_iters": 8,
-        "exit_signal_handler": False,
-        "exit_signal": signal.SIGTERM,
         "exit_duration_in_mins": None,
         "exit_interval": None,
     }
     request = StopRequest(argparse.Namespace(**(arguments | changed)))
-    request.listen()
+    request.clear()
     return request
 
 
@@ -73,16 +75,13 @@ def test_a_file(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "flags"),
-    [
-        (signal.SIGUSR1, {}),
-        (signal.SIGUSR2, {"exit_signal_handler": True, "exit_signal": signal.SIGUSR2}),
-    ],
-)
-def test_a_signal(tmp_path: Path, number: signal.Signals, flags: dict[str, Any]) -> None:
-    request = listener(tmp_path, **flags)
+@pytest.mark.parametrize("number", TAKEN)
+def test_a_signal_that_came_before_anything_was_built(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    stop_request.hear(number)
     os.kill(os.getpid(), number)
+    request = listener(tmp_path)
     assert request.agree(3) and (request.after, request.reason) == (3, "a signal")
 
 
@@ -115,14 +114,27 @@ def test_what_one_rank_was_asked_all_do(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("restarts", "heeds"), [("0", False), ("1", True)])
-def test_what_an_earlier_job_left_is_cleared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, heeds: bool
+@pytest.mark.parametrize(("age_s", "heeds"), [(-1, True), (1, False)])
+def test_a_file_from_before_the_launch_is_an_old_one(
+    tmp_path: Path, age_s: int, heeds: bool
 ) -> None:
-    """A file `stop` stays for ranks that torchrun has started again."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-    for name in ("stop", "stopped.json"):
-        (tmp_path / name).touch()
+    """age_s: of the file, at the moment when this process's parent was started."""
+    (tmp_path / "stopped.json").touch()
+    (tmp_path / "stop").touch()
+    written = psutil.Process(os.getppid()).create_time() - age_s
+    os.utime(tmp_path / "stop", (written, written))
     request = listener(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == (["stop"] if heeds else [])
     assert request.agree(1) == heeds
-    assert not (tmp_path / "stopped.json").exists()
+
+
+def test_a_folder_that_cannot_be_looked_at_asks_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = listener(tmp_path)
+
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "exists", stale)
+    assert not request.agree(1)
