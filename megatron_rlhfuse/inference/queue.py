@@ -291,12 +291,9 @@ class SampleQueue:
         pause = _POLL_S
         while not ready():
             if time.monotonic() > deadline:
-                dropped = (
-                    f" ({self._drops.total} dropped, see the log)" if self._drops.total else ""
-                )
                 raise StageTimeoutError(
-                    f"{describe()} within {self._timeout_s:.0f} s{dropped}; a slow stage needs a "
-                    "larger --rlhfuse-stage-timeout"
+                    f"{describe()} within {self._timeout_s:.0f} s ({self._drops.total} messages "
+                    "dropped, see the log); a slow stage needs a larger --rlhfuse-stage-timeout"
                 )
             time.sleep(pause)
             pause = min(1.05 * pause, _SLOWEST_POLL_S)
