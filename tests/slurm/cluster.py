@@ -22,7 +22,8 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 # What a user's environment may hold and a test must not depend on.
 _SETTINGS = (
     *("REPOSITORY", "RUN_DIR", "PROCESSES_PER_NODE", "NETWORK_INTERFACE", "MAX_RESTARTS"),
-    *("MAX_REQUEUES", "DOCTOR", "RENDEZVOUS_PORT", "SEARCH_SECONDS", "OMP_NUM_THREADS"),
+    *("MAX_REQUEUES", "DOCTOR", "RENDEZVOUS_PORT", "SRUN_OPTIONS", "SEARCH_SECONDS"),
+    "OMP_NUM_THREADS",
 )
 
 Fields = dict[str, str]

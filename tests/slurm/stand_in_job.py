@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import re
 import shlex
+import stat
 import sys
 from pathlib import Path
 
 from tests.slurm.cluster import SCRIPTS, STAND_IN, Cluster, read
+
+
+def venv_with_doctor(folder: Path, commands: str) -> Path:
+    """A virtual environment in which `rlhfuse doctor` is these shell commands."""
+    python = folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\n[ "$3" != doctor ] || {{ {commands}; }}\nexec {sys.prefix}/bin/python "$@"\n'
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return python.parents[1]
 
 
 class StandInJob:
@@ -49,6 +61,10 @@ class StandInJob:
 
     def wait_until_it_says(self, text: str) -> None:
         self.cluster.wait_for(f"{text!r} of the job", lambda: text in self.output)
+
+    def ask_to_stop(self) -> None:
+        """As Slurm does before a time limit."""
+        self.cluster.command("scancel", "--signal=USR1", "--batch", self.number)
 
     def end(self) -> tuple[str, str]:
         """Waits for the end of the job; its state and its exit status (STATUS:SIGNAL)."""

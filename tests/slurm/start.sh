@@ -61,6 +61,9 @@ folder=$(realpath -m "$folder")
 ((${#folder} <= 90)) || die 2 "--folder: want at most 90 characters, got ${#folder}: $folder"
 export SLURM_CONF=$folder/slurm.conf
 
+# Whether the folder holds a cluster of start.sh. A slurm.conf alone may be a real cluster's.
+holds_ours() { grep -qsxF "StateSaveLocation=$folder/state" "$SLURM_CONF"; }
+
 # ---- daemons ------------------------------------------------------------------------------------
 
 # is_ours PID: a living process that was started with a file of this folder among its arguments.
@@ -97,7 +100,7 @@ all_idle() { [[ $(sinfo --noheader --Node --partition main --format '%t' 2>/dev/
 
 end_everything() {
   local pid pids
-  if [[ -f $SLURM_CONF ]] && timeout 10 scontrol ping >/dev/null 2>&1; then
+  if timeout 10 scontrol ping >/dev/null 2>&1; then
     squeue --noheader --format %A 2>/dev/null | sort -u | xargs --no-run-if-empty scancel || true
     wait_for 20 no_jobs || true
   fi
@@ -238,7 +241,7 @@ start_daemons() {
 }
 
 start() {
-  if [[ -f $SLURM_CONF && -n $(daemons) ]]; then
+  if holds_ours && [[ -n $(daemons) ]]; then
     if all_idle || [[ -n $(squeue --noheader 2>/dev/null) ]]; then
       echo "The cluster in $folder runs already."
       how_to_use
@@ -247,7 +250,7 @@ start() {
     end_everything # half a cluster: what a start that was interrupted has left
   fi
   if [[ -e $folder ]]; then
-    [[ -f $SLURM_CONF || -z $(ls -A "$folder") ]] ||
+    holds_ours || [[ -z $(ls -A "$folder") ]] ||
       die 2 "--folder: $folder is there and holds no cluster of start.sh"
     rm -rf -- "$folder"
   fi
@@ -283,7 +286,7 @@ case $command in
   stop)
     if [[ ! -e $folder ]]; then
       echo "No cluster in $folder."
-    elif [[ -f $SLURM_CONF ]]; then
+    elif holds_ours; then
       end_everything
       echo "The cluster in $folder is stopped and removed."
     else
@@ -291,7 +294,7 @@ case $command in
     fi
     ;;
   status)
-    [[ -f $SLURM_CONF && -n $(daemons) ]] || die 1 "no cluster in $folder"
+    if ! holds_ours || no_daemons; then die 1 "no cluster in $folder"; fi
     how_to_use
     sinfo --Node --partition main
     squeue

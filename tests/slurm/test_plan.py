@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from tests.slurm.cluster import ROOT, SCRIPTS, Cluster, read
@@ -72,6 +73,21 @@ def test_the_best_plan_is_kept(cluster: Cluster, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(f"{plan} plans another problem: name another file")
     assert cluster.queued() == []
+
+
+def test_seeds_of_another_problem_are_passed_over(cluster: Cluster, tmp_path: Path) -> None:
+    """They lie where an earlier search has left them, and are better by number."""
+    plan = tmp_path / "plan.json"
+    seeds = Path(f"{plan}.seeds")
+    seeds.mkdir()
+    other = seeds / "seed-0-of-0.json"  # no job has this number
+    rlhfuse = (sys.executable, "-m", "megatron_rlhfuse")
+    cluster.command(*rlhfuse, "plan", OTHER_PROBLEM, "--iterations=8", "-o", other)
+    number = search(cluster, plan, "0")
+    assert end(cluster, plan, number, 1) == ["COMPLETED"], read(Path(f"{plan}.0.out"))
+    own = seeds / f"seed-0-of-{number}.json"
+    assert merit(other) < merit(own)
+    assert plan.read_bytes() == own.read_bytes()
 
 
 def test_submitted_by_hand(cluster: Cluster, tmp_path: Path) -> None:

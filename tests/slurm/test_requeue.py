@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import psutil
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.stand_in_job import StandInJob
+from tests.slurm.cluster import ENDED, Cluster
+from tests.slurm.stand_in_job import StandInJob, venv_with_doctor
 
 DONE = ("COMPLETED", "0:0")
 
@@ -70,6 +72,82 @@ def test_scancel_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
     assert job.restarts == 0
     assert "back into the queue" not in job.output
     assert not (job.run / "stop").exists()
+
+
+def test_scancel_is_the_end_where_the_job_cannot_be_looked_up(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """A controller that is busy may fail to answer that, and yet take a requeue."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$1 $2 $3" != "--oneliner show job" ] || exit 1\n'
+        f'exec {shutil.which("scontrol")} "$@"\n'
+    )
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    job = StandInJob(cluster, tmp_path, "", "--train-iters=500 --seconds=1", PATH=path)
+    job.wait_until_it_says("stand-in: iteration 1")
+    cluster.command("scancel", job.number)
+    assert job.end()[0] == "CANCELLED"
+    assert job.restarts == 0
+    assert "back into the queue" not in job.output
+
+
+def test_a_stop_that_does_not_show(cluster: Cluster, tmp_path: Path) -> None:
+    """The batch host may not see stopped.json yet, which another node has written."""
+    trainer = "--stand-in=unseen --await-stop=1 --train-iters=3"
+    job = StandInJob(cluster, tmp_path, "", trainer)
+    job.wait_until_it_says("stand-in: RANK=0")
+    job.ask_to_stop()
+    assert job.end() == DONE, job.output
+    assert job.restarts == 1
+    assert job.iterations() == [1, 2, 3]
+
+
+def test_a_stop_in_the_last_iteration(cluster: Cluster, tmp_path: Path) -> None:
+    """The job is done; there is nothing to come back for."""
+    job = StandInJob(cluster, tmp_path, "", "--await-stop=2 --train-iters 2")
+    job.wait_until_it_says("stand-in: iteration 1")
+    job.ask_to_stop()
+    assert job.end() == DONE, job.output
+    assert job.restarts == 0
+    assert "the job is asked to save and stop" in job.output
+    assert "train.sbatch: ended at iteration 2" in job.output
+    assert not (job.run / "stop").exists()
+
+
+def test_a_stop_before_the_ranks_have_begun(cluster: Cluster, tmp_path: Path) -> None:
+    """Nothing was trained: it counts as any start without a new checkpoint."""
+    looking, go = tmp_path / "looking", tmp_path / "go"
+    wait = f"touch {looking}; while [ ! -e {go} ]; do sleep 0.1; done; exit 0"
+    settings = {"DOCTOR": "yes", "MAX_REQUEUES": "0"}
+    job = StandInJob(cluster, tmp_path, "", "", venv_with_doctor(tmp_path, wait), **settings)
+    cluster.wait_for("doctor", looking.exists)
+    job.ask_to_stop()
+    job.wait_until_it_says("the job is asked to save and stop")
+    go.touch()
+    assert job.end()[0] == "FAILED", job.output
+    assert job.restarts == 1
+    assert "2 starts in a row have brought no new checkpoint (MAX_REQUEUES is 0)" in job.output
+    assert job.iterations() == []
+
+
+def test_a_run_folder_that_takes_nothing_more(cluster: Cluster, tmp_path: Path) -> None:
+    """That the stop cannot be noted does not keep the job from going back."""
+    job = StandInJob(cluster, tmp_path, "", "--await-stop=1 --train-iters=3")
+    job.wait_until_it_says("stand-in: RANK=0")
+    starts = job.run / "slurm-starts.txt"
+    starts.unlink()
+    starts.mkdir()  # root may write to any file
+    job.ask_to_stop()
+
+    def is_over() -> bool:
+        return job.restarts > 0 or cluster.job(job.number)["JobState"] in ENDED
+
+    cluster.wait_for("requeue", is_over)
+    assert job.restarts == 1, job.output
+    assert f"train.sbatch: cannot write to {starts}: is the disk full?" in job.output
 
 
 def test_a_wrong_flag_is_the_end(cluster: Cluster, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-import sys
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import ROOT, SCRIPTS, STAND_IN, Cluster
-from tests.slurm.stand_in_job import StandInJob
+from tests.slurm.stand_in_job import StandInJob, venv_with_doctor
 
 TRAIN = ("train.sbatch", "--nodes=2")
 PLAN = ("plan.sbatch",)
@@ -38,18 +38,42 @@ def test_ranks_are_counted_by_gpus(cluster: Cluster, tmp_path: Path) -> None:
     assert {folder.name for folder in logs.iterdir()} == {"node1", "node2"}
 
 
+def test_options_of_srun_are_words(cluster: Cluster, tmp_path: Path) -> None:
+    """A star in one stands for no file, though there is one that it would fit."""
+    (tmp_path / "--export=ALL,GLOO_SOCKET_IFNAME=eth0").touch()
+    options = f"--chdir={tmp_path}"
+    wanted = "--quit-on-interrupt\n --export=ALL,GLOO_SOCKET_IFNAME=eth*"
+    job = StandInJob(cluster, tmp_path, options, "", SRUN_OPTIONS=wanted)
+    assert job.end() == ("COMPLETED", "0:0"), job.output
+    assert "GLOO_SOCKET_IFNAME=eth*\n" in job.output
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ""])
+def test_torchruns_meet_at_a_free_port(address: str) -> None:
+    """The same dice give another port once something listens there, on loopback or everywhere."""
+    text = (SCRIPTS / "train.sbatch").read_text()
+    function = re.search(r"^free_port\(\) \{\n.*?^\}\n", text, re.MULTILINE | re.DOTALL)
+    assert function is not None
+
+    def port(seed: int) -> int:
+        words = ["bash", "-euo", "pipefail", "-c", f"{function[0]}RANDOM={seed}; free_port"]
+        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+    ports = {port(seed) for seed in range(8)}
+    assert len(ports) > 4
+    assert all(20000 <= number <= 29999 for number in ports)
+    before = port(1)
+    both = address == "" and socket.has_dualstack_ipv6()  # as torchrun's own store listens
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server((address, before), family=family, dualstack_ipv6=both):
+        assert port(1) != before
+
+
 def test_a_doctor_looks_at_every_node(cluster: Cluster, tmp_path: Path) -> None:
     """With an environment whose doctor finds something on each."""
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        "#!/bin/sh\n"
-        '[ "$3" != doctor ] || { echo "BAD  something on $SLURMD_NODENAME"; exit 1; }\n'
-        f'exec {sys.prefix}/bin/python "$@"\n'
-    )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    venv = venv_with_doctor(tmp_path, 'echo "BAD  something on $SLURMD_NODENAME"; exit 1')
     environment = {"DOCTOR": "yes", "MAX_REQUEUES": "0"}
-    job = StandInJob(cluster, tmp_path, "--nodes=2", "", python.parents[1], **environment)
+    job = StandInJob(cluster, tmp_path, "--nodes=2", "", venv, **environment)
     assert job.end()[0] == "FAILED"
     assert "BAD  something on node1" in job.output
     assert "BAD  something on node2" in job.output
@@ -67,9 +91,11 @@ def test_a_doctor_looks_at_every_node(cluster: Cluster, tmp_path: Path) -> None:
         ((*TRAIN, "--", "--save=x"), {"PROCESSES_PER_NODE": "none"}, "PROCESSES_PER_NODE: "),
         ((*TRAIN, "--nodes=1-2", "--", "--save=x"), {}, "--nodes: want one number, got '1-2'"),
         ((*TRAIN, "--", "--save=x"), {"MAX_REQUEUES": "often"}, "MAX_REQUEUES: "),
+        ((*TRAIN, "--", "--save=x"), {"MAX_REQUEUES": "08"}, "MAX_REQUEUES: "),
         ((*TRAIN, "--", "--save=x"), {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: "),
         ((*TRAIN, "--", "--save=x"), {"DOCTOR": "1"}, "DOCTOR: want yes or no"),
-        ((*TRAIN, "--", "--save=x"), {"RENDEZVOUS_PORT": "80"}, "RENDEZVOUS_PORT: "),
+        ((*TRAIN, "--", "--save=x"), {"RENDEZVOUS_PORT": "1023"}, "RENDEZVOUS_PORT: "),
+        ((*TRAIN, "--", "--save=x"), {"RENDEZVOUS_PORT": "65536"}, "RENDEZVOUS_PORT: "),
         ((*TRAIN, "--", "--save=x"), {"REPOSITORY": "/nowhere"}, "REPOSITORY: /nowhere holds no"),
         ((*TRAIN, "--", "--save=x"), {"VENV": "/nowhere"}, "VENV: /nowhere holds no bin/python"),
         ((*PLAN, "--", PROBLEM), {}, "usage: "),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,40 @@ def test_a_folder_of_something_else_is_left_alone(
     assert done.returncode == 2
     assert "holds no cluster of start.sh" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A folder like a real Slurm's, and a daemon that was started with its slurm.conf."""
+    folder = tmp_path / "etc"
+    folder.mkdir()
+    (folder / "slurm.conf").write_text(
+        "ClusterName=real\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n"
+        f"#StateSaveLocation={folder}/state\nStateSaveLocation={folder}/state/real\n"
+    )
+    words = [sys.executable, "-c", "input()", "-f", f"{folder}/slurm.conf"]
+    daemon = subprocess.Popen(words, stdin=subprocess.PIPE)
+    (folder / "slurmctld.pid").write_text(f"{daemon.pid}\n")
+    try:
+        yield folder, daemon
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+@pytest.mark.parametrize(("command", "status"), [("start", 2), ("stop", 2), ("status", 1)])
+def test_another_slurm_is_left_alone(
+    cluster: Cluster, foreign: tuple[Path, subprocess.Popen[bytes]], command: str, status: int
+) -> None:
+    """Nothing is even asked of it."""
+    folder, daemon = foreign
+    before = (folder / "slurm.conf").read_text()
+    done = cluster.run(START, command, "--folder", folder)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert daemon.poll() is None
+    assert (folder / "slurm.conf").read_text() == before
+    assert {path.name for path in folder.iterdir()} == {"slurm.conf", "slurmctld.pid"}
 
 
 @pytest.mark.parametrize(

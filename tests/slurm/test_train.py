@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tests.e2e.runs import assert_equal_weights, metrics
@@ -52,15 +53,18 @@ def test_a_signal_and_a_report_after_the_end(
     )
     cluster.wait_for("checkpoint", lambda: has_checkpoint(tmp_path))
     cluster.command("scancel", "--signal=USR1", "--batch", number)
-    cluster.wait_for("requeue", lambda: cluster.job(number)["Restarts"] == "1")
-    stopped = (tmp_path / "stopped.json").read_text()
-    assert "a file named stop" in stopped, stopped
-    # No iteration was lost or made twice: the job had saved the one it stopped after.
-    assert len(metrics(tmp_path)) == int(
-        (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
-    )
 
-    assert_complete(cluster, tmp_path, number, reference)
+    job = assert_complete(cluster, tmp_path, number, reference)
+    assert job["Restarts"] == "1"
+    output = read(tmp_path / "job.out")
+    told = rf"stopped by a file named stop after iteration (\d+) of {ITERATIONS}\b"
+    stops = re.findall(told, output)
+    assert len(stops) == 1, output
+    starts = (tmp_path / "slurm-starts.txt").read_text().splitlines()
+    assert starts == [f"{number} 0 0", f"{number} 0 stopped", f"{number} 1 {stops[0]}"]
+    # No iteration was lost or made twice: the job had saved the one it stopped after.
+    printed = re.findall(rf"iteration +(\d+)/{ITERATIONS}\b", output)
+    assert [int(iteration) for iteration in printed] == list(range(1, ITERATIONS + 1)), output
     iterations = [record["iteration"] for record in metrics(tmp_path)]
     assert iterations == list(range(1, ITERATIONS + 1))
     drawn = cluster.end_of(report, tmp_path / "report.out")

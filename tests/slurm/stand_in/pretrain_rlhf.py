@@ -4,6 +4,7 @@ It keeps what the trainer promises a scheduler (flag check, checkpoints, stop fi
 trains nothing. `--stand-in` says how it behaves:
 
     train   saves a checkpoint in every iteration
+    unseen  the same, but its stopped.json does not show, as on a file system that caches
     fail    ends with status 1 at once
     hang    makes no iteration and hears no stop
 """
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +35,9 @@ def main() -> int:
     parser.add_argument("--rlhfuse-check")
     parser.add_argument("--train-iters", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.0, help="of an iteration")
-    parser.add_argument("--stand-in", choices=["train", "fail", "hang"], default="train")
+    parser.add_argument("--await-stop", type=int, help="iteration that lasts until it is asked for")
+    modes = ["train", "unseen", "fail", "hang"]
+    parser.add_argument("--stand-in", choices=modes, default="train")
     args = parser.parse_args()
     if args.rlhfuse_check:
         print(f"stand-in: checked for {args.rlhfuse_check}", flush=True)
@@ -50,15 +55,20 @@ def train(args: argparse.Namespace) -> int:
     args.save.mkdir(parents=True, exist_ok=True)
     latest = args.save / "latest_checkpointed_iteration.txt"
     stop = args.rlhfuse_run_dir / "stop"
-    stop.unlink(missing_ok=True)  # an old one
+    launched = psutil.Process(os.getppid()).create_time()
+    if stop.exists() and stop.stat().st_mtime < launched:
+        stop.unlink()  # an old one
     done = int(latest.read_text()) if latest.exists() else 0
     for iteration in range(done + 1, args.train_iters + 1):
         time.sleep(args.seconds)
+        while iteration == args.await_stop and not stop.exists():
+            time.sleep(0.1)
         latest.write_text(f"{iteration}\n")
         print(f"stand-in: iteration {iteration}", flush=True)
         if stop.exists() and iteration < args.train_iters:
             record = {"iteration": iteration, "of": args.train_iters, "reason": "asked"}
-            (args.rlhfuse_run_dir / "stopped.json").write_text(json.dumps(record))
+            if args.stand_in != "unseen":
+                (args.rlhfuse_run_dir / "stopped.json").write_text(json.dumps(record))
             stop.unlink()
             break
     return 0
