@@ -36,6 +36,7 @@ format: install ## let ruff and clang-format rewrite what they can
 
 docs: install ## the documentation as a site in build/docs; fails on a dead link
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --clean
+	@echo "open build/docs/index.html; its search needs a server: python -m http.server -d build/docs"
 
 toy: $(TOY)/.complete ## make the toy models and prompts in build/toy; once
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 PROGRAM = "pretrain_rlhf.py"
 
+REFUSED_FILE = "refused.txt"
 
-def refuse(message: str) -> NoReturn:
+
+def refuse(message: str, run: Path | None = None) -> NoReturn:
     """Ends the process with status 2; one line, from one rank of each node.
 
-    A folder or file may be missing on one node alone.
+    A folder or file may be missing on one node alone. run: the run folder, to leave the message
+    there, too: torchrun hides the status from a script that must not start such a job again.
     """
     if is_spokesman():
         complain(message)
+    if run is not None and os.environ.get("RANK") == "0":
+        (run / REFUSED_FILE).write_text(message + "\n", encoding="utf-8")
     raise SystemExit(2)
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rlhfuse import platform
+from megatron_rlhfuse.last_words import REFUSED_FILE
 from megatron_rlhfuse.observe.jsonl import write_atomically
 
 STOP_FILE = "stop"
@@ -62,7 +63,8 @@ class StopRequest:
         """Removes what an earlier job has left in the run folder. Rank 0's."""
         if self._args.rank != 0:
             return
-        (self._folder / STOPPED_FILE).unlink(missing_ok=True)
+        for name in (STOPPED_FILE, REFUSED_FILE):
+            (self._folder / name).unlink(missing_ok=True)
         stop = self._folder / STOP_FILE
         with suppress(OSError):
             if stop.stat().st_mtime < _launched():

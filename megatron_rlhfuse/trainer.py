@@ -269,7 +269,7 @@ class Trainer:
                 self.lengths.load_state_dict(progress["lengths"])
             self.kl_controller.load_state_dict(progress["kl"])
         except (CheckpointError, ValueError) as fault:
-            last_words.refuse(str(fault))
+            last_words.refuse(str(fault), Path(self.args.rlhfuse_run_dir))
         self.start_iteration = int(progress["iteration"])
         self.ppo.optimizer_steps = int(progress["optimizer_steps"])
 

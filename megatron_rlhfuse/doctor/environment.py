@@ -157,7 +157,7 @@ def _plugins(variables: Mapping[str, str]) -> list[Check]:
 
 def check_open_files(soft: int, hard: int) -> Check:
     """Args: the limits of this process."""
-    shown = f"{_limit(soft)}, can be raised to {_limit(hard)}"
+    shown = _limit(soft) if soft == hard else f"{_limit(soft)}, can be raised to {_limit(hard)}"
     if soft != resource.RLIM_INFINITY and soft < FEWEST_OPEN_FILES:
         return Check("open files", shown, "BAD", f"ulimit -n {FEWEST_OPEN_FILES} at least")
     if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:

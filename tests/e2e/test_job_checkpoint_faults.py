@@ -62,11 +62,14 @@ def test_neither_costs_more_than_the_iterations_since(tmp_path: Path, small_disk
     error = error_of(job)
     assert "iter_0000002 is damaged: __1_0.distcp is not what was written" in error
     assert error.endswith("write its number into latest_checkpointed_iteration.txt: 1")
+    # For scripts: torchrun's status does not tell it from what a new start may mend.
+    assert error.endswith((run / "refused.txt").read_text().strip())
 
     (save / "latest_checkpointed_iteration.txt").write_text("1\n")  # as the error says
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     job = start()
     end(job)
     assert "resumed after iteration 1" in job.output
+    assert not (run / "refused.txt").exists()
     assert_equal_weights(run, expected)
     assert same_everywhere(run) == same_everywhere(expected)

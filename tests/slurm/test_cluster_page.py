@@ -44,7 +44,7 @@ def test_the_commands_for_one_machine(cluster: Cluster, reference: Path, tmp_pat
         stop = f"tests/slurm/start.sh stop --folder {tmp_path}/slurm"
         subprocess.run(stop.split(), cwd=ROOT, check=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "train.sbatch: ended at iteration 5" in done.stdout
+    assert "train.sbatch: finished at iteration 5" in done.stdout
     assert "<html" in (tmp_path / "nodes" / "report.html").read_text()
     assert "is stopped and removed" in done.stdout
     assert not (tmp_path / "slurm").exists()

@@ -62,6 +62,7 @@ def test_a_stop_by_hand_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
     assert job.end() == DONE, job.output
     assert job.restarts == 0
     assert (job.run / "stopped.json").exists()
+    assert "by hand: the same command goes on from there" in job.output
 
 
 def test_scancel_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_stop_in_the_last_iteration(cluster: Cluster, tmp_path: Path) -> None:
     assert job.end() == DONE, job.output
     assert job.restarts == 0
     assert "the job is asked to save and stop" in job.output
-    assert "train.sbatch: ended at iteration 2" in job.output
+    assert "train.sbatch: finished at iteration 2" in job.output
     assert not (job.run / "stop").exists()
 
 
@@ -157,6 +158,14 @@ def test_a_wrong_flag_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
     assert job.restarts == 0
     assert "unrecognized arguments: --misspelt" in job.output
     assert "torch" not in job.output
+
+
+def test_a_job_that_its_ranks_refuse_is_the_end(cluster: Cluster, tmp_path: Path) -> None:
+    """For example flags that do not fit the checkpoint that they go on from."""
+    job = StandInJob(cluster, tmp_path, "--nodes=2", "--stand-in=refuse")
+    assert job.end() == ("FAILED", "2:0")
+    assert job.restarts == 0
+    assert "refused as above: not put back into the queue" in job.output
 
 
 def test_preemption(cluster: Cluster, tmp_path: Path) -> None:

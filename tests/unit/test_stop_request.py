@@ -119,8 +119,8 @@ def test_a_file_from_before_the_launch_is_an_old_one(
     tmp_path: Path, age_s: int, heeds: bool
 ) -> None:
     """age_s: of the file, at the moment when this process's parent was started."""
-    (tmp_path / "stopped.json").touch()
-    (tmp_path / "stop").touch()
+    for name in ("stopped.json", "refused.txt", "stop"):
+        (tmp_path / name).touch()
     written = psutil.Process(os.getppid()).create_time() - age_s
     os.utime(tmp_path / "stop", (written, written))
     request = listener(tmp_path)

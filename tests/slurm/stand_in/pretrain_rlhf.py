@@ -6,6 +6,7 @@ trains nothing. `--stand-in` says how it behaves:
     train   saves a checkpoint in every iteration
     unseen  the same, but its stopped.json does not show, as on a file system that caches
     fail    ends with status 1 at once
+    refuse  the same, for a reason that a new start does not mend
     hang    makes no iteration and hears no stop
 """
 
@@ -36,13 +37,15 @@ def main() -> int:
     parser.add_argument("--train-iters", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.0, help="of an iteration")
     parser.add_argument("--await-stop", type=int, help="iteration that lasts until it is asked for")
-    modes = ["train", "unseen", "fail", "hang"]
+    modes = ["train", "unseen", "fail", "refuse", "hang"]
     parser.add_argument("--stand-in", choices=modes, default="train")
     args = parser.parse_args()
     if args.rlhfuse_check:
         print(f"stand-in: checked for {args.rlhfuse_check}", flush=True)
         return 0
-    if args.stand_in == "fail":
+    if args.stand_in == "refuse" and os.environ["RANK"] == "0":
+        (args.rlhfuse_run_dir / "refused.txt").write_text("another schedule\n")
+    if args.stand_in in ("fail", "refuse"):
         return 1
     while args.stand_in == "hang":
         time.sleep(1)
