@@ -113,7 +113,10 @@ def _exists(path: Path) -> bool:
 
 
 def _launched() -> float:
-    """time.time() at which the process was started that has started this one: torchrun."""
+    """time.time() at which the process was started that has started this one: torchrun.
+
+    To a second: the kernel tells its own start in whole ones.
+    """
     after_name = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
     ticks = int(after_name[19])  # since the machine's start
     (booted,) = (

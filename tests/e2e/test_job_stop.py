@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from tests.e2e.jobs import Job, run_paced
 from tests.e2e.runs import assert_equal_weights, metrics, same_everywhere
 
-ITERATIONS = 12
+ITERATIONS = 9
 FLAGS = {
     "rollout_pace": 0.02,
     "train_iters": ITERATIONS,
@@ -70,7 +72,9 @@ def test_a_job_that_is_told_to_end_saves_and_goes_on_where_it_was(
         assert [each.name for each in save.glob("iter_*")] == [f"iter_{done:07d}"]
         assert not (tmp_path / "stop").exists()
 
-    (tmp_path / "stop").touch()  # of nobody: left by a job that could not heed it any more
+    # Left by a job that could not heed it any more.
+    (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (time.time() - 60, time.time() - 60))
     job = Job(tmp_path, save=save, save_hf=tmp_path / "models", **FLAGS)
     assert job.wait() == 0, job.output
     assert f"resumed after iteration {done}" in job.output
