@@ -25,27 +25,13 @@ from typing import Any
 
 import megatron_rlhfuse
 from megatron_rlhfuse.doctor.check import last_line
+from megatron_rlhfuse.launcher import LAUNCHER_VARIABLES
 
 PROGRAM = "megatron_rlhfuse.doctor.trials"
 RESULT = "result.json"
 
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_NAME",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-"""What torchrun tells its ranks."""
-
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "PET_")
-"""Of more of these; PET_* stand for torchrun's own flags."""
+"""Of more of torchrun's variables; PET_* stand for torchrun's own flags."""
 
 CACHES = (
     "TMPDIR",

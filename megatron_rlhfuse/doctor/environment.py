@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megatron_rlhfuse.doctor.check import Check
-from megatron_rlhfuse.doctor.child import LAUNCHER_PREFIXES, LAUNCHER_VARIABLES
+from megatron_rlhfuse.doctor.child import LAUNCHER_PREFIXES
 from megatron_rlhfuse.doctor.installation import PLUGIN_NAME
+from megatron_rlhfuse.launcher import LAUNCHER_VARIABLES
 
 OPEN_FILES = 1 << 16
 """What ranks and engines raise their limit to, as far as they may: a migrated sample is a file."""

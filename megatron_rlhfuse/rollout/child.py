@@ -23,6 +23,7 @@ from typing import Any
 
 import megatron_rlhfuse
 from megatron_rlhfuse import network
+from megatron_rlhfuse.launcher import LAUNCHER_VARIABLES
 from megatron_rlhfuse.rollout.lifetime import ENGINE_PROCESS_VARIABLE, living_members
 from megatron_rlhfuse.rollout.messages import Configure, EngineOptions
 
@@ -36,17 +37,7 @@ GROUP_TIMEOUT_S = 5.0
 
 # What torchrun tells its ranks. In an engine it would name the trainer's world and store.
 _TRAINER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_NAME",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+    *LAUNCHER_VARIABLES,
     # Megatron's wish, which would serialise the engine's streams.
     "CUDA_DEVICE_MAX_CONNECTIONS",
 )
